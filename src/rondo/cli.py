@@ -1,0 +1,86 @@
+"""The command `rondo`: a verb, then that verb's own flags. Nothing heavy loads before it must."""
+
+import difflib
+import errno
+import importlib
+import logging
+import os
+import sys
+
+from rondo import config
+from rondo.errors import ProofError, UserError
+
+COMMANDS: dict[str, tuple[type[config.Config], str]] = {
+    "quickstart": (config.QuickstartConfig, "rondo.quickstart:run"),
+    "probe": (config.ProbeConfig, "rondo.convert.probe:run"),
+    "convert": (config.ConvertConfig, "rondo.convert.convert:run"),
+    "verify": (config.VerifyConfig, "rondo.convert.verify:run"),
+    "train": (config.TrainConfig, "rondo.training.train:run"),
+    "eval": (config.EvalConfig, "rondo.evaluation.evaluate:run"),
+    "report": (config.ReportConfig, "rondo.report:run"),
+    "generate": (config.GenerateConfig, "rondo.generation:run"),
+    "dequantize": (config.DequantizeConfig, "rondo.convert.source:run_dequantize"),
+}
+
+
+def usage() -> str:
+    """Return the list of verbs."""
+    lines = ["usage: rondo VERB [OPTIONS]", ""]
+    for verb, (cls, _) in COMMANDS.items():
+        lines.append(f"  {verb:<12}{(cls.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "rondo VERB --help tells a verb's options."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Returns:
+        0 done, 1 failed (a proof that does not hold), 2 a mistake the user can mend,
+        130 stopped with Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(importlib.metadata.version("rondo-lm"))
+        return 0
+    verb = argv[0]
+    if verb not in COMMANDS:
+        close = difflib.get_close_matches(verb, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"rondo: error: there is no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    cls, where = COMMANDS[verb]
+    try:
+        settings = config.parse(cls, argv[1:], prog=f"rondo {verb}")
+        module, function = where.split(":")
+        quiet_libraries()
+        getattr(importlib.import_module(module), function)(settings)
+    except UserError as error:
+        print(f"rondo {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except ProofError as error:
+        print(f"rondo {verb}: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nrondo {verb}: stopped", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"rondo {verb}: error: cannot write: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to our own lines: only errors of libraries are shown."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def entry() -> None:
+    """Run as a console script."""
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Surgery: a pretrained directory becomes a recurrent one, tensor by tensor, and is proved.
+
+The plan is settled and checked first; then tensors stream from the parent's weight files to the
+new ones, a file at a time; then the result is loaded and compared with the parent. Only a proved
+checkpoint is put in its place.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from rondo import modeling
+from rondo.config import ConvertConfig
+from rondo.convert import card, verify
+from rondo.convert.plan import Plan, describe, make_plan
+from rondo.convert.source import (
+    Source,
+    hash_of_digests,
+    open_source,
+    place_directory,
+    read_tensors,
+    tensor_hash,
+)
+from rondo.errors import UserError
+from rondo.modeling.modeling_recurrent import Injection
+from rondo.provenance import claim_directory, record, write_json
+
+MODELING_FILES = ("configuration_recurrent.py", "cache_recurrent.py", "modeling_recurrent.py")
+
+
+def new_tensors(plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the injection's start, the only weights a plain parent does not have."""
+    injection = Injection(plan.model)
+    if plan.mixing is not None:
+        injection.initialize(plan.mixing)
+    elif plan.model.injection == "linear":
+        # As a fresh nn.Linear starts, which is what the paper's conversion leaves in place.
+        generator = torch.Generator().manual_seed(plan.seed)
+        bound = (2 * plan.model.hidden_size) ** -0.5
+        with torch.no_grad():
+            injection.weight.uniform_(-bound, bound, generator=generator)
+    dtype = plan.model.dtype or torch.float32
+    return {
+        f"model.injection.{name}": tensor.detach().to(dtype).contiguous()
+        for name, tensor in injection.state_dict().items()
+    }
+
+
+def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]:
+    """Stream the weights, one parent file at a time.
+
+    Returns:
+        What happened to the tensors, with the hash of the parent's.
+
+    Raises:
+        UserError: A tensor holds NaN or infinity, or a file cannot be read or written.
+    """
+    shards = source.shards()
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    total = used = 0
+    extra = new_tensors(plan) if source.raven is None else {}
+    for number, shard in enumerate(tqdm(shards, desc="convert", unit="file", disable=None), 1):
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in read_tensors(shard):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"{source.name}: tensor {name} in {shard.name} holds NaN or infinity; such "
+                    "weights cannot be converted"
+                )
+            digests[name] = tensor_hash(tensor)
+            translated = plan.translate(name, tensor)
+            used += bool(translated)
+            out |= translated
+        if number == len(shards):
+            out |= extra
+        if not out:
+            continue
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(out, directory / file)
+        weight_map |= dict.fromkeys(out, file)
+        total += sum(tensor.nbytes for tensor in out.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / "model.safetensors.index.json", index)
+    return {
+        "used": used,
+        "dropped": list(plan.dropped),
+        "tied_or_computed": list(plan.tied),
+        "new": sorted(extra),
+        "parent_hash": hash_of_digests(digests),
+    }
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one weight file.
+
+    Raises:
+        UserError: The disk is full or the file cannot be written.
+    """
+    # The file format refuses shared storage; an untied copy shares until it is written.
+    storages: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        shared = tensor.data_ptr() in storages
+        storages.add(tensor.data_ptr())
+        own[name] = tensor.clone() if shared else tensor.contiguous()
+    try:
+        save_file(own, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {path.name} beside {path.parent.parent}: {error}; nothing was kept, "
+            "free some space and run the command again"
+        ) from error
+    path.chmod(0o644)
+
+
+def write_model(plan: Plan, source: Source, directory: Path) -> dict[str, Any]:
+    """Write a whole checkpoint: weights, configs, tokenizer, and the modelling code."""
+    tokenizer_files = source.tokenizer_files()
+    tensors = write_weights(plan, source, directory)
+    plan.model.save_pretrained(directory)
+    for path in tokenizer_files:
+        shutil.copyfile(path, directory / path.name)
+    copy_code(directory)
+    if source.raven is None and (source.path / "generation_config.json").is_file():
+        shutil.copyfile(
+            source.path / "generation_config.json", directory / "generation_config.json"
+        )
+    else:
+        GenerationConfig.from_model_config(plan.model).save_pretrained(directory)
+    return tensors
+
+
+def copy_code(directory: Path) -> None:
+    """Put the modelling code beside the weights, so that they load without this package."""
+    for name in MODELING_FILES:
+        shutil.copyfile(Path(modeling.__file__).parent / name, directory / name)
+
+
+def run(config: ConvertConfig) -> None:
+    """Run `rondo convert`.
+
+    Raises:
+        UserError: Something the user can mend; nothing was written.
+        ProofError: The result does not match the parent; nothing was kept.
+    """
+    if not config.output_dir and not config.dry_run:
+        raise UserError("name the directory to write after the source, or add --dry-run")
+    if not config.dry_run:
+        claim_directory(config.output_dir, config.overwrite)
+    with open_source(config.source, config.revision, config.trust_remote_code) as source:
+        plan = make_plan(config, source)
+        source.tokenizer_files()
+        if config.dry_run and config.json_output:
+            print(json.dumps(plan.summary(), indent=1))
+            return
+        print("\n".join(describe(plan, source)))
+        if not config.dry_run:
+            write_proved(config, plan, source)
+
+
+def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
+    """Write beside the place, prove, then put in place; on any failure leave nothing."""
+    directory = Path(config.output_dir).resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        tensors = write_model(plan, source, partial)
+        print("prove: comparing with the parent", file=sys.stderr)
+        checks = verify.prove(partial, source, tensors["parent_hash"], config.seed)
+        for check in checks:
+            print(check.line())
+        verify.raise_if_failed(checks)
+        facts = {
+            "kind": "convert",
+            "parent": {
+                "name": source.name,
+                "path": parent_path(config.source),
+                "hash": tensors["parent_hash"],
+                "num_layers": plan.num_layers,
+            },
+            "plan": plan.summary(),
+            "tensors": tensors,
+            "proof": [check.as_dict() for check in checks],
+        }
+        write_json(partial / "run.json", record(config, **facts))
+        (partial / "README.md").write_text(card.model_card(facts), encoding="utf-8")
+        place_directory(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {config.output_dir}: {len(checks)} checks passed")
+
+
+def parent_path(source: str) -> str:
+    """Return where the parent will be found again: an absolute path, or the name of a model."""
+    return str(Path(source).resolve()) if Path(source).exists() else source

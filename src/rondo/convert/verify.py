@@ -1,0 +1,299 @@
+"""The proof of a conversion: the recurrent model at r = 1 against its parent, and against itself.
+
+The parent is run by its own code, unchanged: layers that the split drops are skipped by hooks,
+so its masks, positions and per-layer settings stay those of the original indices.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rondo.config import VerifyConfig
+from rondo.convert import raven
+from rondo.convert.source import Source, open_source, read_tensors, weights_hash
+from rondo.errors import ProofError, UserError
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo.provenance import read_json
+
+# Where the order of additions may differ (batching, caching), fp32 logits may by this much,
+# relative to their spread.
+TOLERANCE = 2e-4
+DEPTHS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: the largest error found and the largest allowed."""
+
+    name: str
+    error: float
+    allowed: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is allowed; NaN never is."""
+        return self.error <= self.allowed
+
+    def line(self) -> str:
+        """Return the check as a line to read."""
+        state = "ok  " if self.passed else "FAIL"
+        return f"  {state} {self.name}: {self.measured}"
+
+    @property
+    def measured(self) -> str:
+        """The error beside what is allowed, in words."""
+        error = f"error {self.error:.3g}, allowed {self.allowed:.3g}"
+        return f"{error} ({self.detail})" if self.detail else error
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values; a NaN becomes a string, which JSON has no number for."""
+        values = asdict(self) | {"passed": self.passed, "measured": self.measured}
+        if not math.isfinite(self.error):
+            values["error"] = str(self.error)
+        return values
+
+
+def raise_if_failed(checks: list[Check]) -> None:
+    """Raise for failed checks, saying which and by how much.
+
+    Raises:
+        ProofError: A check failed.
+    """
+    failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
+    if failed:
+        raise ProofError(
+            f"the conversion is not faithful, nothing was kept: {'; '.join(failed)}. Please "
+            "report this with the parent's config.json"
+        )
+
+
+def proof_tokens(vocab_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids (3, 24) and an attention mask whose rows 1 and 2 are left-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(0, vocab_size, (3, 24), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :5] = 0
+    attention_mask[2, :11] = 0
+    return input_ids, attention_mask
+
+
+@torch.no_grad()
+def parent_logits(
+    source: Source, model: RecurrentForCausalLM, input_ids: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Run the parent over the kept layers only, (B, T, V).
+
+    Where the model's first iteration does not start from e itself, the same injection is put
+    before the parent's first core layer.
+    """
+    parent = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()
+    kept = model.config.source_layers
+    layers = parent.base_model.layers
+    for index, layer in enumerate(layers):
+        if index not in kept:
+            layer.register_forward_hook(_skip, with_kwargs=True)
+    core = layers[kept[model.config.num_prelude_layers]]
+    if not _starts_from_inputs(model):
+        core.register_forward_pre_hook(_FirstInjection(model), with_kwargs=True)
+    return parent(input_ids, use_cache=False).logits
+
+
+def _skip(layer: nn.Module, args: tuple, kwargs: dict, output: object) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _starts_from_inputs(model: RecurrentForCausalLM) -> bool:
+    """Whether inject(s_0, e) = e by construction, so that r = 1 is the parent itself."""
+    kind, start = model.config.injection, model.config.state_init
+    return (kind, start) in {("mix", "input"), ("add", "zeros")}
+
+
+class _FirstInjection:
+    """inject(s_0, e) recomputed from the formula, as a hook before the first core layer."""
+
+    def __init__(self, model: RecurrentForCausalLM):
+        self.model = model
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        e = args[0]
+        body, width = self.model.model, args[0].shape[-1]
+        positions = torch.arange(e.shape[1])[None]
+        s = body.initial_state(e, positions, 0)
+        if body.config.injection == "mix":
+            mixed = (1 - body.injection.mixing) * e + body.injection.mixing * s
+        elif body.config.injection == "add":
+            mixed = e + s
+        else:
+            on_state, on_inputs = body.injection.weight.split(width, dim=1)
+            mixed = s @ on_state.T + e @ on_inputs.T
+        return (mixed, *args[1:]), kwargs
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max())
+
+
+def _spread(logits: torch.Tensor) -> float:
+    return float(logits.std().clamp(min=1e-6))
+
+
+def fits_in_memory(source: Source) -> bool:
+    """Whether the model in float32, and a copy while it loads, fit in half of the memory."""
+    values = sum(tensor.numel() for shard in source.shards() for _, tensor in read_tensors(shard))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return values * 4 < memory / 2
+
+
+@torch.no_grad()
+def prove(directory: Path, source: Source, parent_hash: str, seed: int = 0) -> list[Check]:
+    """Run every check of a converted checkpoint against its parent.
+
+    A model too large for float32 in memory is compared in its stored type.
+    """
+    dtype = torch.float32 if fits_in_memory(source) else source.config.dtype
+    model, loading = RecurrentForCausalLM.from_pretrained(
+        directory, dtype=dtype, output_loading_info=True
+    )
+    model = model.eval()
+    input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
+    ours = model(input_ids, num_recurrences=1).logits
+    checks = [_accounted(loading), *_tied(model, directory)]
+    checks.extend(_against_itself(model, input_ids, attention_mask))
+    checks.append(_saved_and_loaded(model, directory, input_ids))
+    if source.raven is None:
+        theirs = parent_logits(source, model, input_ids, dtype)
+    else:
+        theirs = raven.reference_logits(source.raven, source.shards(), input_ids)
+    exact = _starts_from_inputs(model) and source.raven is None
+    allowed = 0.0 if exact else TOLERANCE * _spread(theirs)
+    kept_all = len(model.config.source_layers) == source.config.num_hidden_layers
+    what = "the parent" if kept_all else "the parent without the dropped layers"
+    checks.insert(
+        0,
+        Check(
+            f"r = 1 equals {what}",
+            _distance(ours, theirs),
+            allowed,
+            f"largest difference of logits, {str(dtype).removeprefix('torch.')}",
+        ),
+    )
+    found = weights_hash(source)
+    checks.append(
+        Check(
+            "the parent's weights are those converted",
+            float(found != parent_hash),
+            0.0,
+            f"sha256 {found[:16]}",
+        )
+    )
+    return checks
+
+
+def _accounted(loading: dict) -> Check:
+    unplaced = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    return Check(
+        "every tensor is used once or dropped on purpose",
+        float(len(unplaced)),
+        0.0,
+        f"unplaced: {', '.join(sorted(unplaced))}" if unplaced else "none left over",
+    )
+
+
+def _tied(model: RecurrentForCausalLM, directory: Path) -> Iterator[Check]:
+    if not model.config.tie_word_embeddings:
+        return
+    index = read_json(directory / "model.safetensors.index.json")
+    same = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    stored_once = "lm_head.weight" not in index["weight_map"]
+    yield Check("tied embeddings are one storage", float(not (same and stored_once)), 0.0)
+
+
+def _against_itself(
+    model: RecurrentForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> Iterator[Check]:
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    real = attention_mask[..., None]
+    cached_error = padded_error = spread = 0.0
+    for depth in DEPTHS:
+        whole = model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            num_recurrences=depth,
+        ).logits
+        spread = max(spread, _spread(whole))
+        cached = _decode_with_cache(model, input_ids, attention_mask, position_ids, depth)
+        cached_error = max(cached_error, _distance(whole * real, cached * real))
+        for row in range(len(input_ids)):
+            start = int((attention_mask[row] == 0).sum())
+            alone = model(input_ids[row : row + 1, start:], num_recurrences=depth).logits
+            padded_error = max(padded_error, _distance(whole[row : row + 1, start:], alone))
+    depths = f"r = {', '.join(map(str, DEPTHS))}"
+    yield Check("cached equals uncached", cached_error, TOLERANCE * spread, depths)
+    yield Check("left-padded batch equals single rows", padded_error, TOLERANCE * spread, depths)
+
+
+def _decode_with_cache(
+    model: RecurrentForCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    depth: int,
+) -> torch.Tensor:
+    pieces, cache, prompt = [], None, 2 * input_ids.shape[1] // 3
+    for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, input_ids.shape[1]))]:
+        output = model(
+            input_ids[:, start:stop],
+            attention_mask=attention_mask[:, :stop],
+            position_ids=position_ids[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            num_recurrences=depth,
+        )
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    return torch.cat(pieces, dim=1)
+
+
+def _saved_and_loaded(
+    model: RecurrentForCausalLM, directory: Path, input_ids: torch.Tensor
+) -> Check:
+    """Compare with a second load of the same files, which a save of this model would equal."""
+    depth = DEPTHS[-1]
+    before = model(input_ids, num_recurrences=depth).logits
+    again = RecurrentForCausalLM.from_pretrained(directory, dtype=model.dtype).eval()
+    error = _distance(before, again(input_ids, num_recurrences=depth).logits)
+    return Check("save and load give the same logits", error, 0.0, f"r = {depth}")
+
+
+def run(config: VerifyConfig) -> None:
+    """Run `rondo verify`.
+
+    Raises:
+        UserError: It is no converted checkpoint, or its parent is not where it was.
+        ProofError: A check failed.
+    """
+    directory = Path(config.model)
+    facts = read_json(directory / "run.json")
+    if facts.get("kind") != "convert":
+        raise UserError(
+            f"{config.model} is no output of rondo convert (it is a {facts.get('kind')}): verify "
+            "the checkpoint it was trained from"
+        )
+    parent = config.parent or facts["parent"]["path"]
+    with open_source(parent) as source:
+        checks = prove(directory, source, facts["parent"]["hash"])
+    if config.json_output:
+        print(json.dumps([check.as_dict() for check in checks], indent=1))
+    else:
+        print("\n".join(check.line() for check in checks))
+    raise_if_failed(checks)
+    print(f"{len(checks)} checks passed")

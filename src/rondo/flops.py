@@ -1,0 +1,252 @@
+"""What a recurrent model costs as a function of recurrence, in parameters, FLOPs and cache.
+
+Two accounts are kept side by side. The paper's (arXiv:2511.07384) counts decoder layers only, at
+nominal depth, and exists so that its numbers can be reproduced. The executed one counts every
+matrix product a forward pass performs: injection, output head and attention scores too.
+
+All results are exact integers per token. Norms, activations, softmax and the embedding lookup
+perform no matrix product and are not counted; nor is the optimizer's work.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, assert_never
+
+from torch import nn
+
+Schedule = Literal["none", "linear", "1-sqrt"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one recurrent model is made of and what it costs as a function of recurrence."""
+
+    num_prelude_layers: int
+    num_core_layers: int
+    num_coda_layers: int
+
+    prelude_parameters: int
+    """Parameters of the decoder layers alone, as for the core and the coda."""
+    core_parameters: int
+    coda_parameters: int
+    injection_parameters: int
+    norm_parameters: int
+    """Parameters of the final norm; the norms inside layers belong to their layers."""
+    embedding_parameters: int
+    head_parameters: int
+    """Zero when the head is tied to the embedding."""
+
+    prelude_matmul: int
+    """Weights that multiply each token's activation: linear weights, without norms and biases."""
+    core_matmul: int
+    coda_matmul: int
+    injection_matmul: int
+    head_matmul: int
+    """Counts a tied head too: sharing the weight does not spare the product."""
+
+    attention_width: int
+    """Query heads times head dimension, in one layer."""
+    kv_width: int
+    """Key/value heads times head dimension, in one layer."""
+
+    @property
+    def total_parameters(self) -> int:
+        """Stored parameters, each shared one counted once."""
+        return (
+            self.prelude_parameters
+            + self.core_parameters
+            + self.coda_parameters
+            + self.injection_parameters
+            + self.norm_parameters
+            + self.embedding_parameters
+            + self.head_parameters
+        )
+
+    def effective_depth(self, num_recurrences: int) -> int:
+        """Layers a token passes."""
+        return (
+            self.num_prelude_layers + num_recurrences * self.num_core_layers + self.num_coda_layers
+        )
+
+    def effective_parameters(self, num_recurrences: int) -> int:
+        """Layer parameters a token meets, the core's once per iteration (the paper's measure)."""
+        return (
+            self.prelude_parameters + num_recurrences * self.core_parameters + self.coda_parameters
+        )
+
+    def paper_forward_flops(self, num_recurrences: int) -> int:
+        """Forward FLOPs per token in the paper's account: two per effective parameter."""
+        return 2 * self.effective_parameters(num_recurrences)
+
+    def paper_train_flops(self, mean: int, window: int = 8) -> int:
+        """Training FLOPs per token in the paper's account, every step at the nominal mean.
+
+        Six per parameter met with gradient, two per parameter met without.
+        """
+        with_gradient = self.effective_parameters(min(mean, window))
+        without_gradient = max(0, mean - window) * self.core_parameters
+        return 6 * with_gradient + 2 * without_gradient
+
+    def finish_flops(self, seq_len: int) -> int:
+        """Executed FLOPs per token of the coda and the head, which each further output repeats."""
+        attention = 4 * self.attention_width * seq_len * self.num_coda_layers
+        return 2 * (self.coda_matmul + self.head_matmul) + attention
+
+    def forward_flops(self, num_recurrences: int, seq_len: int) -> int:
+        """Executed FLOPs per token of one forward pass over `seq_len` tokens without a cache.
+
+        Attention is counted as the full square, as `FlopCounterMode` counts it: no credit is given
+        for the half that a causal mask hides.
+        """
+        matmul_weights = (
+            self.prelude_matmul
+            + num_recurrences * (self.injection_matmul + self.core_matmul)
+            + self.coda_matmul
+            + self.head_matmul
+        )
+        attention = 4 * self.attention_width * seq_len * self.effective_depth(num_recurrences)
+        return 2 * matmul_weights + attention
+
+    def train_flops(self, num_recurrences: int, backprop_depth: int, seq_len: int) -> int:
+        """Executed FLOPs per token of a forward pass and the backward pass of what has gradient.
+
+        Only the last `backprop_depth` iterations carry gradient. What they, the prelude, the coda
+        and the head cost backward is twice a forward pass of that depth. Recomputation, by
+        activation checkpointing or inside a fused attention kernel, is not counted.
+        """
+        differentiated = min(num_recurrences, backprop_depth)
+        forward = self.forward_flops(num_recurrences, seq_len)
+        return forward + 2 * self.forward_flops(differentiated, seq_len)
+
+    def kv_values(self, num_recurrences: int) -> int:
+        """Cached values per token when every iteration keeps its own keys and values."""
+        return 2 * self.kv_width * self.effective_depth(num_recurrences)
+
+    def kv_bytes(self, num_recurrences: int, bytes_per_value: int = 2) -> int:
+        """Cache bytes per token; two bytes a value is bfloat16."""
+        return bytes_per_value * self.kv_values(num_recurrences)
+
+
+def static_train_flops(non_embedding_parameters: int) -> int:
+    """Training FLOPs per token of a model without recurrence in the paper's account.
+
+    The paper's count for these models includes the final norm.
+    """
+    return 6 * non_embedding_parameters
+
+
+def paper_total_flops(
+    costs: Costs,
+    mean: int,
+    steps: int,
+    total_steps: int,
+    tokens_per_step: int,
+    schedule: Schedule,
+    fraction: float,
+    window: int = 8,
+) -> int:
+    """Training FLOPs of the first `steps` steps of a `total_steps` run in the paper's account.
+
+    Args:
+        costs: The model.
+        mean: Mean recurrence after the curriculum.
+        steps: Optimizer steps to account for.
+        total_steps: Optimizer steps the curriculum was laid out for.
+        tokens_per_step: Tokens per optimizer step, over all ranks and micro-batches.
+        schedule: How the mean grows towards `mean`.
+        fraction: Part of `total_steps` over which it grows.
+        window: Most iterations that carry gradient.
+    """
+    # The paper rounds the ramp down here and up in training; its totals need its rounding.
+    ramp_steps = 0 if schedule == "none" else int(fraction * total_steps)
+    flops_per_token = max(0, steps - ramp_steps) * costs.paper_train_flops(mean, window)
+    for level in range(1, mean + 1):
+        start, end = (_ramp_end(schedule, m, mean, ramp_steps) for m in (level - 1, level))
+        steps_at_level = min(end, steps) - min(start, steps)
+        flops_per_token += steps_at_level * costs.paper_train_flops(level, window)
+    return tokens_per_step * flops_per_token
+
+
+def _ramp_end(schedule: Schedule, level: int, mean: int, ramp_steps: int) -> int:
+    """First step at which the accounted mean exceeds `level`."""
+    match schedule:
+        case "none":
+            return 0
+        case "linear":
+            return ramp_steps * level // mean
+        case "1-sqrt":
+            return ramp_steps * (mean**2 - (mean - level) ** 2) // mean**2
+        case unknown:
+            assert_never(unknown)
+
+
+def costs_of(model: nn.Module) -> Costs:
+    """Count a recurrent model (`RecurrentForCausalLM`); the meta device is enough.
+
+    The weights of experts count in `*_matmul` by the share of them that a token meets.
+    """
+    body, base = model.model, model.config.base_config
+    return _count(
+        model,
+        base,
+        body.prelude,
+        body.core,
+        body.coda,
+        sum(parameter.numel() for parameter in body.injection.parameters()),
+        body.injection.weight.numel() if body.injection.kind == "linear" else 0,
+    )
+
+
+def costs_of_parent(model: nn.Module) -> Costs:
+    """Count a model without recurrence: all its layers are prelude, and r is always 1."""
+    return _count(model, model.config, model.base_model.layers, (), (), 0, 0)
+
+
+def _count(
+    model: nn.Module,
+    config: Any,
+    prelude: Iterable[nn.Module],
+    core: Iterable[nn.Module],
+    coda: Iterable[nn.Module],
+    injection_parameters: int,
+    injection_matmul: int,
+) -> Costs:
+    prelude, core, coda = list(prelude), list(core), list(coda)
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Costs(
+        num_prelude_layers=len(prelude),
+        num_core_layers=len(core),
+        num_coda_layers=len(coda),
+        prelude_parameters=_parameters(prelude),
+        core_parameters=_parameters(core),
+        coda_parameters=_parameters(coda),
+        injection_parameters=injection_parameters,
+        norm_parameters=_parameters([model.base_model.norm]),
+        embedding_parameters=embedding.numel(),
+        head_parameters=0 if config.tie_word_embeddings else head.numel(),
+        prelude_matmul=_matmul_weights(prelude, config),
+        core_matmul=_matmul_weights(core, config),
+        coda_matmul=_matmul_weights(coda, config),
+        injection_matmul=injection_matmul,
+        head_matmul=head.numel(),
+        attention_width=config.num_attention_heads * head_dim,
+        kv_width=kv_heads * head_dim,
+    )
+
+
+def _parameters(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _matmul_weights(layers: Iterable[nn.Module], config: Any) -> int:
+    total = 0
+    for layer in layers:
+        for parameter in layer.parameters():
+            if parameter.dim() == 2:
+                total += parameter.numel()
+            elif parameter.dim() == 3:  # experts, stacked
+                total += parameter.numel() * config.num_experts_per_tok // parameter.shape[0]
+    return total

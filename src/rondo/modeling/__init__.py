@@ -1,0 +1,1 @@
+"""The model. It imports torch and transformers only, and travels inside each checkpoint."""

@@ -1,0 +1,154 @@
+"""What every artifact carries beside it: the command, the versions and the machine that made it."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rondo.config import Config, command_line, dump
+from rondo.errors import UserError
+
+
+def record(config: Config, **facts: Any) -> dict[str, Any]:
+    """Return the content of a run.json: resolved config, command, versions, hardware, facts."""
+    return {
+        "command": command_line(),
+        "config": dump(config),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "git": git_commit(),
+        **facts,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for name in ("rondo-lm", "torch", "transformers", "tokenizers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware(device: str = "auto") -> str:
+    """Describe the device in words."""
+    if device != "cpu" and torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name()})"
+    return f"cpu ({_cpu_name()}, {torch.get_num_threads()} threads)"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def git_commit() -> str | None:
+    """Return the commit of the working directory, or None outside a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file is missing or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path.name} in {path.parent}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def claim_directory(path: str, overwrite: bool) -> Path:
+    """Return an output directory that may be written.
+
+    Raises:
+        UserError: It exists, is not empty and may not be replaced, or cannot be made.
+    """
+    directory = Path(path)
+    if directory.is_file():
+        raise UserError(f"{path} is a file: name a directory with --output-dir")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise UserError(f"{path} exists already: choose another directory or add --overwrite")
+    return directory
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve "auto" to the faster of bfloat16 and float32 on the device."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_is_faster_in_bfloat16() else torch.float32
+
+
+def _cpu_is_faster_in_bfloat16() -> bool:
+    # Every CPU takes bfloat16, but without instructions for it far slower, and the names of such
+    # instructions differ by maker: so ask the machine. The best of three is not fooled by a
+    # moment's load.
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        tokens, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.nn.functional.linear(tokens, weight)
+            seconds.append(time.perf_counter() - start)
+        best[dtype] = min(seconds)
+    return best[torch.bfloat16] < best[torch.float32]
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve "auto" to cuda where there is one.
+
+    Raises:
+        UserError: The device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {error}") from error
+    return device

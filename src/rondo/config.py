@@ -4,7 +4,6 @@ Nothing here imports torch, so that `rondo --help` answers at once.
 """
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -414,6 +413,35 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def command_line(argv: list[str] | None = None) -> str:
-    """Return the command that is running, fit to be pasted into a shell."""
-    return shlex.join(["rondo", *(sys.argv[1:] if argv is None else argv)])
+def command_line(config: Config) -> str:
+    """Return the command that a config amounts to, fit to be pasted into a shell.
+
+    It names what differs from the defaults, so it is the same whether the settings came from
+    flags, from a recipe or from Python.
+    """
+    verb = type(config).__name__.removesuffix("Config").lower()
+    words = [
+        str(word) for name in config.words for word in _as_words(getattr(config, name)) if word
+    ]
+    return shlex.join(["rondo", verb, *words, *_flags(config, "", set(config.words))])
+
+
+def _as_words(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _flags(config: Config, prefix: str, skipped: set[str]) -> list[str]:
+    flags: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name in skipped or value == field.default:
+            continue
+        # The one flag whose name would hide a method of the base class.
+        flag = f"--{prefix}{name.removesuffix('_output').replace('_', '-')}"
+        if isinstance(value, Config):
+            flags += _flags(value, f"{prefix}{name}.".replace("_", "-"), set())
+        elif isinstance(value, bool):
+            flags.append(flag)
+        else:
+            flags += [flag, *(str(word) for word in _as_words(value))]
+    return flags

@@ -87,6 +87,11 @@ class Costs:
         without_gradient = max(0, mean - window) * self.core_parameters
         return 6 * with_gradient + 2 * without_gradient
 
+    def iteration_flops(self, seq_len: int) -> int:
+        """Executed FLOPs per token of one iteration: injection and core."""
+        attention = 4 * self.attention_width * seq_len * self.num_core_layers
+        return 2 * (self.injection_matmul + self.core_matmul) + attention
+
     def finish_flops(self, seq_len: int) -> int:
         """Executed FLOPs per token of the coda and the head, which each further output repeats."""
         attention = 4 * self.attention_width * seq_len * self.num_coda_layers

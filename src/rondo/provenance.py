@@ -1,13 +1,16 @@
 """What every artifact carries beside it: the command, the versions and the machine that made it."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from rondo.errors import UserError
 def record(config: Config, **facts: Any) -> dict[str, Any]:
     """Return the content of a run.json: resolved config, command, versions, hardware, facts."""
     return {
-        "command": command_line(),
+        "command": command_line(config),
         "config": dump(config),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -111,6 +114,29 @@ def claim_directory(path: str, overwrite: bool) -> Path:
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{path} exists already: choose another directory or add --overwrite")
     return directory
+
+
+@contextlib.contextmanager
+def staged(path: str | Path) -> Iterator[Path]:
+    """Yield a directory beside `path` that takes its place at the end, or goes without a trace.
+
+    What stood at `path` is replaced only when the new directory is finished.
+    """
+    directory = Path(path).resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
+            directory.rename(old / "old")
+            partial.rename(directory)
+            shutil.rmtree(old)
+        else:
+            partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""Conversion: a pretrained directory becomes a recurrent one, proved against its parent."""

@@ -8,7 +8,6 @@ checkpoint is put in its place.
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ from rondo.convert.source import (
     Source,
     hash_of_digests,
     open_source,
-    place_directory,
     read_tensors,
     tensor_hash,
 )
 from rondo.errors import UserError
 from rondo.modeling.modeling_recurrent import Injection
-from rondo.provenance import claim_directory, record, write_json
+from rondo.provenance import claim_directory, record, staged, write_json
 
 MODELING_FILES = ("configuration_recurrent.py", "cache_recurrent.py", "modeling_recurrent.py")
 
@@ -170,10 +168,7 @@ def run(config: ConvertConfig) -> None:
 
 def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
     """Write beside the place, prove, then put in place; on any failure leave nothing."""
-    directory = Path(config.output_dir).resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
+    with staged(config.output_dir) as partial:
         tensors = write_model(plan, source, partial)
         print("prove: comparing with the parent", file=sys.stderr)
         checks = verify.prove(partial, source, tensors["parent_hash"], config.seed)
@@ -194,9 +189,6 @@ def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
         }
         write_json(partial / "run.json", record(config, **facts))
         (partial / "README.md").write_text(card.model_card(facts), encoding="utf-8")
-        place_directory(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"wrote {config.output_dir}: {len(checks)} checks passed")
 
 

@@ -7,9 +7,7 @@ of arXiv:2403.17887; they describe the layers, the choice is made by the measure
 """
 
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from rondo.config import ConvertConfig, ProbeConfig
 from rondo.convert.families import skeleton
-from rondo.convert.source import Source, open_source, place_directory
+from rondo.convert.source import Source, open_source
 from rondo.convert.split import Split
 from rondo.data import encode, load_tokenizer, packed_rows, read_documents, separator_of
 from rondo.errors import UserError
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.modeling_recurrent import LayerInputs, RecurrentForCausalLM
-from rondo.provenance import choose_dtype, claim_directory, read_json, record, write_json
+from rondo.provenance import choose_dtype, claim_directory, read_json, record, staged, write_json
 
 NUM_FINALISTS = 4
 
@@ -149,7 +147,7 @@ def candidates(depth: int, sizes: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def default_sizes(depth: int) -> tuple[int, ...]:
-    """Return the core lengths tried unless the user names some: a tenth and a fifth of the depth."""
+    """Return the core lengths tried by default: a tenth and a fifth of the depth."""
     return tuple(sorted({max(1, depth // 10), max(1, depth // 5)}))
 
 
@@ -306,16 +304,11 @@ def run(config: ProbeConfig) -> None:
     with open_source(config.source, config.revision, config.trust_remote_code) as source:
         found = probe_source(config, source)
     page = describe(found)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
+    with staged(directory) as partial:
         write_json(partial / "probe.json", found)
         write_json(partial / "run.json", record(config, kind="probe"))
         (partial / "probe.md").write_text(page, encoding="utf-8")
         draw(found, partial)
-        place_directory(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(page.split("\n![", 1)[0])
     print(f"wrote {config.output_dir}: probe.json, probe.md, cores.svg, layers.svg")
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from transformers import (
 from rondo.config import DequantizeConfig
 from rondo.convert import raven
 from rondo.errors import UserError
-from rondo.provenance import claim_directory, read_json
+from rondo.provenance import claim_directory, read_json, staged
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -257,23 +256,6 @@ def run_dequantize(config: DequantizeConfig) -> None:
     """Run `rondo dequantize`."""
     directory = claim_directory(config.output_dir, config.overwrite)
     file = find_gguf(config.source)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
+    with staged(directory) as partial:
         dequantize(file, partial)
-        place_directory(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"wrote {directory}: {file.name}, dequantised to float32")
-
-
-def place_directory(partial: Path, directory: Path) -> None:
-    """Put a finished directory in its place; what stood there goes only then."""
-    partial.chmod(0o755)
-    if not directory.exists():
-        partial.rename(directory)
-        return
-    old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
-    directory.rename(old / "old")
-    partial.rename(directory)
-    shutil.rmtree(old)

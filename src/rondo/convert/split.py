@@ -1,5 +1,6 @@
 """Which of the parent's layers become prelude, core and coda. Pure functions of layer counts."""
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Split:
             if not getattr(self, name):
                 raise UserError(f"the split {self} has no {name}: each part needs a layer")
         layers = self.layers
-        if any(left >= right for left, right in zip(layers, layers[1:], strict=False)):
+        if any(left >= right for left, right in itertools.pairwise(layers)):
             raise UserError(
                 f"the split {self} overlaps or runs backwards: layer indices must rise from the "
                 "prelude through the core to the coda"

@@ -1,0 +1,1 @@
+"""Evaluation: any model directory becomes a results.json."""

@@ -1,0 +1,1 @@
+"""Text shipped with the package; origin and licence in README.md beside it."""

@@ -1,0 +1,1 @@
+"""Training: a recurrent directory and text become a trained recurrent directory."""

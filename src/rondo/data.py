@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -98,7 +99,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         UserError: There is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        return tokenizer
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} has no tokenizer that can be loaded: {error}") from error
 

@@ -185,7 +185,7 @@ def _ramp_end(schedule: Schedule, level: int, mean: int, ramp_steps: int) -> int
             assert_never(unknown)
 
 
-def costs_of(model: nn.Module) -> Costs:
+def costs_of(model: Any) -> Costs:
     """Count a recurrent model (`RecurrentForCausalLM`); the meta device is enough.
 
     The weights of experts count in `*_matmul` by the share of them that a token meets.
@@ -202,13 +202,13 @@ def costs_of(model: nn.Module) -> Costs:
     )
 
 
-def costs_of_parent(model: nn.Module) -> Costs:
+def costs_of_parent(model: Any) -> Costs:
     """Count a model without recurrence: all its layers are prelude, and r is always 1."""
     return _count(model, model.config, model.base_model.layers, (), (), 0, 0)
 
 
 def _count(
-    model: nn.Module,
+    model: Any,
     config: Any,
     prelude: Iterable[nn.Module],
     core: Iterable[nn.Module],

@@ -15,7 +15,7 @@ from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import choose_device, choose_dtype, read_json
 
 
-def load_recurrent(path: str, dtype: str, device: str) -> RecurrentForCausalLM:
+def load_recurrent(path: str, dtype: str, device: str) -> Any:
     """Load a recurrent checkpoint for inference.
 
     Raises:
@@ -27,7 +27,9 @@ def load_recurrent(path: str, dtype: str, device: str) -> RecurrentForCausalLM:
         raise UserError(f"{path} is a {kind} model, not a recurrent one: convert it first")
     where = choose_device(device)
     try:
-        model = RecurrentForCausalLM.from_pretrained(directory, dtype=choose_dtype(dtype, where))
+        model: Any = RecurrentForCausalLM.from_pretrained(
+            directory, dtype=choose_dtype(dtype, where)
+        )
     except (ValueError, OSError) as error:
         raise UserError(f"{path} holds no model that can be loaded: {error}") from error
     return model.to(where).eval()
@@ -62,7 +64,7 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UserError("the prompt is empty: give some text with --prompt")
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:
         torch.manual_seed(config.seed)
         sampling = {

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rondo import cli, report
 from rondo.config import (
@@ -78,7 +79,7 @@ def steps(config: QuickstartConfig) -> Iterator[Step]:
     )
     yield evaluation(out, parent, "parent")
     yield evaluation(out, recurrent, "before")
-    training = {
+    training: dict[str, Any] = {
         "model": str(recurrent),
         "loss": "deep",
         "recurrence": RecurrenceConfig(distribution="uniform", mean=2, minimum=1),

@@ -101,8 +101,7 @@ def rondo(*words: object) -> int:
     try:
         return main([str(word) for word in words])
     except SystemExit as leaving:
-        assert isinstance(leaving.code, int)
-        return leaving.code
+        return -1 if leaving.code is None else int(leaving.code)
 
 
 def json_of(path: Path) -> dict[str, Any]:

@@ -167,26 +167,41 @@ def test_branches_equal_separate_runs(family: str) -> None:
         assert_same(found, expected)
 
 
+# Windows of two iterations with some between them, and one right after the other.
+APART = [(5, (2, 5)), (6, (1, 4)), (4, (4,)), (7, (1, 4, 7))]
+ADJACENT = [(4, (2, 4)), (6, (2, 4)), (5, (1, 3))]
+
+
 @starts
-@pytest.mark.parametrize(("depth", "outputs"), [(5, (2, 5)), (6, (1, 3, 6)), (6, (2, 4)), (4, (4,))])
-def test_branches_with_windows_that_do_not_overlap_equal_separate_runs(
+@pytest.mark.parametrize(("depth", "outputs"), APART + ADJACENT, ids=str)
+def test_branches_with_a_window_each_equal_separate_runs(
     injection: str, state_init: str, depth: int, outputs: tuple[int, ...]
 ) -> None:
     model = build(injection=injection, state_init=state_init, state_std=0.5)
-    window = 2
-    together = branches(model, depth, outputs, backprop_depth=window)
+    together = branches(model, depth, outputs, backprop_depth=2)
     for output, hidden in zip(outputs, together, strict=True):
-        alone, expected = run(model, output, backprop_depth=window)
+        alone, expected = run(model, output, backprop_depth=2)
         assert torch.equal(hidden, alone)
         found = gradients(model, loss_of(model, hidden))
         assert_same(found, expected)
 
 
-def test_the_losses_of_branches_add_up() -> None:
+def test_windows_that_overlap_are_joined() -> None:
+    # Each iteration runs once, with one graph: what a shallower output needs, a deeper one has.
     model = build()
-    together = branches(model, 4, (2, 4), backprop_depth=2)
+    for output, hidden in zip((3, 4), branches(model, 4, (3, 4), backprop_depth=2), strict=True):
+        expected = loop_by_hand(model, output, 1)
+        assert torch.equal(hidden, expected)
+        found = gradients(model, loss_of(model, hidden))
+        assert_same(found, gradients(model, loss_of(model, expected)))
+
+
+@pytest.mark.parametrize("outputs", [(2, 5), (2, 4)], ids=str)
+def test_the_losses_of_branches_add_up(outputs: tuple[int, int]) -> None:
+    model = build()
+    together = branches(model, outputs[1], outputs, backprop_depth=2)
     found = gradients(model, sum(loss_of(model, hidden) for hidden in together))
-    parts = [run(model, depth, backprop_depth=2)[1] for depth in (2, 4)]
+    parts = [run(model, depth, backprop_depth=2)[1] for depth in outputs]
     assert_same(found, {name: parts[0][name] + parts[1][name] for name in found})
 
 

@@ -673,14 +673,13 @@ def test_no_parameter_is_counted_twice_or_left_behind() -> None:
     names = [name for name, _ in model.named_parameters()]
     assert len(names) == len(list(parent.parameters())) + 1
     assert sum(p.numel() for p in model.parameters()) == parent.num_parameters() + 32
-    assert {id(p) for p in model.model.parent[0].parameters()} < {
-        id(p) for p in model.parameters()
-    }
+    assert {id(p) for p in model.model.parent[0].parameters()} < {id(p) for p in model.parameters()}
 
 
 ORDERS = {
     "rondo first": "import rondo, sys; assert 'torch' not in sys.modules; import transformers",
     "transformers first": "import transformers; transformers.AutoModelForCausalLM; import rondo",
+    "the model first": "from rondo import RecurrentForCausalLM",
 }
 LOADS = """
 import sys, torch
@@ -761,4 +760,7 @@ def test_loss_and_kept_logits_are_those_of_all_logits() -> None:
 def test_a_prompt_of_one_token_generates() -> None:
     model = recurrent("llama")
     ids = torch.full((1, 1), BOS)
-    assert model.generate(ids, num_recurrences=2, max_new_tokens=3, min_new_tokens=3).shape == (1, 4)
+    assert model.generate(ids, num_recurrences=2, max_new_tokens=3, min_new_tokens=3).shape == (
+        1,
+        4,
+    )

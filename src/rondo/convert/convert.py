@@ -30,8 +30,13 @@ from rondo.convert.source import (
 )
 from rondo.errors import UserError
 from rondo.modeling.modeling_recurrent import Injection
-from rondo.provenance import claim_directory, record, staged, write_json
+from rondo.provenance import claim_directory, read_json, record, staged, write_json
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_recurrent.RecurrentConfig",
+    "AutoModel": "modeling_recurrent.RecurrentModel",
+    "AutoModelForCausalLM": "modeling_recurrent.RecurrentForCausalLM",
+}
 MODELING_FILES = ("configuration_recurrent.py", "cache_recurrent.py", "modeling_recurrent.py")
 
 
@@ -126,6 +131,8 @@ def write_model(plan: Plan, source: Source, directory: Path) -> dict[str, Any]:
     tokenizer_files = source.tokenizer_files()
     tensors = write_weights(plan, source, directory)
     plan.model.save_pretrained(directory)
+    config = read_json(directory / "config.json")
+    write_json(directory / "config.json", config | {"auto_map": AUTO_MAP})
     for path in tokenizer_files:
         shutil.copyfile(path, directory / path.name)
     copy_code(directory)

@@ -88,15 +88,16 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         UserError: With the family's name and the reason.
     """
     check_config(config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model: Any = model_class(config)
     body = model.base_model
     missing = [part for part in PARTS if getattr(body, part, None) is None]
     if missing:
         raise refuse(config, f"its body does not expose {', '.join(missing)}")
     for layer in body.layers:
         _check_layer(config, layer)
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     named = {id(parameter) for part in PARTS for parameter in getattr(body, part).parameters()}
     named |= {id(parameter) for parameter in head.parameters() if parameter is not head.bias}
     strays = [name for name, parameter in model.named_parameters() if id(parameter) not in named]

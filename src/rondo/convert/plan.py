@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from rondo.config import ConvertConfig
 from rondo.convert import card, probe, raven, split
@@ -18,11 +17,6 @@ from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.modeling_recurrent import DEFAULT_MIXING, RecurrentForCausalLM
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
-AUTO_MAP = {
-    "AutoConfig": "configuration_recurrent.RecurrentConfig",
-    "AutoModel": "modeling_recurrent.RecurrentModel",
-    "AutoModelForCausalLM": "modeling_recurrent.RecurrentForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,8 @@ class Plan:
     @property
     def bytes_per_value(self) -> int:
         """Bytes of one stored weight, and of one cached key or value at that type."""
-        return torch.empty(0, dtype=self.model.dtype or torch.float32).element_size()
+        dtype: Any = self.model.dtype or torch.float32
+        return torch.empty(0, dtype=dtype).element_size()
 
 
 def choose_split(config: ConvertConfig, source: Source) -> tuple[Split, float | None]:
@@ -163,7 +158,6 @@ def make_plan(config: ConvertConfig, source: Source) -> Plan:
         num_recurrences=config.num_recurrences,
         max_recurrences=config.max_recurrences,
         architectures=["RecurrentForCausalLM"],
-        auto_map=AUTO_MAP,
         dtype=source.config.dtype,
     )
     names, dropped, repeated = map_tensors(source, parent, chosen, bool(tied))
@@ -193,6 +187,7 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
     Raises:
         UserError: A setting would change what the checkpoint is.
     """
+    fields: Any = source.raven
     changing = ("split", "sizes", "preset", "injection", "state_init", "mixing")
     given = [name for name in changing if getattr(config, name) is not None]
     if given or config.random_injection or config.untie:
@@ -200,7 +195,7 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
             f"{source.name} is recurrent already and is imported as it is: leave "
             f"{', '.join('--' + name.replace('_', '-') for name in given) or 'the start'} out"
         )
-    prelude, core, coda = raven.sizes(source.raven)
+    prelude, core, coda = raven.sizes(fields)
     depth = prelude + core + coda
     model = RecurrentConfig(
         base_config=source.config.to_dict(),
@@ -211,18 +206,17 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
         num_recurrences=config.num_recurrences,
         max_recurrences=config.max_recurrences,
         architectures=["RecurrentForCausalLM"],
-        auto_map=AUTO_MAP,
         dtype=source.config.dtype,
-        **raven.recurrent_fields(source.raven),
+        **raven.recurrent_fields(fields),
     )
-    unused = raven.check_names(source.raven, source.files)
+    unused = raven.check_names(fields, source.files)
     return Plan(
         split.keep_split(depth, (prelude, core, coda)),
         depth,
         model,
         None,
         config.seed,
-        lambda name, tensor: raven.translate(source.raven, source.files, name, tensor),
+        lambda name, tensor: raven.translate(fields, source.files, name, tensor),
         (),
         unused,
         meta_costs(model),
@@ -230,7 +224,7 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
 
 
 def map_tensors(
-    source: Source, parent: nn.Module, chosen: Split, tied: bool
+    source: Source, parent: Any, chosen: Split, tied: bool
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...], tuple[str, ...]]:
     """Decide the fate of each parent tensor: used under a new name, dropped, or a tied repeat.
 

@@ -76,10 +76,11 @@ class Looper:
         with torch.device("meta"):
             self.model = RecurrentForCausalLM(config).eval()
         # Only the parts that `run` and `logits` use are taken, from the parent's own modules.
-        body = self.model.model
+        body: Any = self.model.model
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
             setattr(body, part, getattr(parent.base_model, part))
-        self.model.lm_head = parent.get_output_embeddings()
+        head: Any = parent.get_output_embeddings()
+        self.model.lm_head = head
         body.config.base_config = parent.config
 
     def run(self, start: int, stop: int, hidden: torch.Tensor, text: Text) -> torch.Tensor:
@@ -231,7 +232,7 @@ def _finals(
     rows = []
     pairs = [(row["core"], mixing) for row in leaders for mixing in config.mixings]
     for core, mixing in tqdm(pairs, desc="probe: finalists", unit="core", disable=None):
-        losses = looper.loop(*core, mixing, config.recurrences, text)
+        losses = looper.loop(core[0], core[1], mixing, config.recurrences, text)
         rows.append(
             {
                 "core": core,
@@ -240,8 +241,12 @@ def _finals(
                 "mean_loss": sum(losses.values()) / len(losses),
             }
         )
-    rows.sort(key=lambda row: row["mean_loss"])
+    rows.sort(key=_mean_loss)
     return rows[0], rows
+
+
+def _mean_loss(row: dict[str, Any]) -> float:
+    return row["mean_loss"]
 
 
 def choice_for(config: ConvertConfig, source: Source) -> dict[str, Any]:

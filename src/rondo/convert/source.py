@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 
 from rondo.config import DequantizeConfig
@@ -189,7 +188,8 @@ def weights_hash(source: Source) -> str:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's type, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    digest.update(content)
     return digest.hexdigest()
 
 
@@ -228,7 +228,7 @@ def dequantize(file: Path, directory: Path) -> None:
         raise UserError("reading GGUF needs gguf and accelerate: pip install 'rondo-lm[gguf]'")
     options: dict[str, Any] = {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **options)
         # From 5.18 on transformers keeps GGUF weights quantised unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -240,7 +240,7 @@ def dequantize(file: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _mend_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _mend_tokenizer(file: Path, tokenizer: Any) -> None:
     """Give back the splitting of digits that transformers does not read from a GGUF file."""
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ def parent_logits(
     before the parent's first core layer.
     """
     parent = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()
-    kept = model.config.source_layers
+    kept: Any = model.config.source_layers
     layers = parent.base_model.layers
     for index, layer in enumerate(layers):
         if index not in kept:
@@ -158,11 +159,11 @@ def prove(directory: Path, source: Source, parent_hash: str, seed: int = 0) -> l
 
     A model too large for float32 in memory is compared in its stored type.
     """
-    dtype = torch.float32 if fits_in_memory(source) else source.config.dtype
-    model, loading = RecurrentForCausalLM.from_pretrained(
+    dtype: Any = torch.float32 if fits_in_memory(source) else source.config.dtype
+    loaded: Any = RecurrentForCausalLM.from_pretrained(
         directory, dtype=dtype, output_loading_info=True
     )
-    model = model.eval()
+    model, loading = loaded[0].eval(), loaded[1]
     input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
     ours = model(input_ids, num_recurrences=1).logits
     checks = [_accounted(loading), *_tied(model, directory)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from rondo.config import EvalConfig
 from rondo.data import Documents, encode, load_tokenizer, padded_batches, read_documents
@@ -56,11 +56,10 @@ class Subject:
         self.dtype = choose_dtype(config.dtype, self.device)
         self.recurrent = fields.get("model_type") == "rondo"
         self.seed = config.seed
+        self.model: Any
         try:
             if self.recurrent:
-                self.model: Any = RecurrentForCausalLM.from_pretrained(
-                    self.directory, dtype=self.dtype
-                )
+                self.model = RecurrentForCausalLM.from_pretrained(self.directory, dtype=self.dtype)
             else:
                 self.model = AutoModelForCausalLM.from_pretrained(
                     self.directory,
@@ -69,7 +68,8 @@ class Subject:
                 )
         except (ValueError, OSError, KeyError) as error:
             raise UserError(f"{config.model} holds no model that can be loaded: {error}") from error
-        self.model.to(self.device).eval()
+        self.model = self.model.eval()
+        self.model.to(self.device)
         self.costs: Costs = costs_of(self.model) if self.recurrent else costs_of_parent(self.model)
         self.recurrences: tuple[int, ...] = (1,)
         if self.recurrent:
@@ -147,7 +147,7 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def document_losses(
-    subject: Subject, tokenizer: PreTrainedTokenizerBase, documents: Documents, config: EvalConfig
+    subject: Subject, tokenizer: Any, documents: Documents, config: EvalConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure one text.
 

@@ -32,7 +32,7 @@ def make_room(cache: Cache, config: RecurrentConfig, num_recurrences: int) -> No
         needed = config.num_hidden_layers + (num_recurrences - 1) * config.num_core_layers
         for slot in range(len(cache.layers), needed):
             core_layer = (slot - config.num_hidden_layers) % config.num_core_layers
-            template = cache.layers[config.num_prelude_layers + core_layer]
+            template: Any = cache.layers[config.num_prelude_layers + core_layer]
             cache.layers.append(
                 copy.deepcopy(template) if not template.is_initialized else _emptied(template)
             )
@@ -65,7 +65,7 @@ class CacheAtIteration:
         rows: Rows of the batch that take part, or None for all.
     """
 
-    def __init__(self, cache: Cache, offset: int, rows: torch.Tensor | None):
+    def __init__(self, cache: Any, offset: int, rows: torch.Tensor | None):
         self._cache = cache
         self._offset = offset
         self._rows = rows
@@ -117,8 +117,9 @@ class RecurrentCache(DynamicCache):
             )
 
     def _take_rows(self, index: torch.Tensor) -> None:
-        batch_size = self.layers[0].keys.shape[0]
-        for slot, layer in enumerate(self.layers):
+        layers: list[Any] = self.layers
+        batch_size = layers[0].keys.shape[0]
+        for slot, layer in enumerate(layers):
             if layer.get_seq_length() == 0:
                 continue
             rows = self._slot_rows.get(slot)
@@ -140,5 +141,6 @@ class RecurrentCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
-        rows = torch.arange(self.layers[0].keys.shape[0], device=self.layers[0].keys.device)
+        first: Any = self.layers[0]
+        rows = torch.arange(first.keys.shape[0], device=first.keys.device)
         self._take_rows(rows.repeat_interleave(repeats))

@@ -34,9 +34,11 @@ class RecurrentConfig(PreTrainedConfig):
 
     model_type = "rondo"
     has_no_defaults_at_init = True
+    # pyrefly: ignore[bad-override]
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
 
-    base_config: dict | PreTrainedConfig | None = None
+    # A config once the object exists; None would be no model, a dict is what JSON holds.
+    base_config: Any = None
     num_prelude_layers: int = 1
     num_core_layers: int = 1
     num_coda_layers: int = 1
@@ -80,7 +82,7 @@ class RecurrentConfig(PreTrainedConfig):
                 f"max_recurrences = {self.max_recurrences}"
             )
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None):
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
         """Return the parent's config.
 
         Library code sizes caches by it; the slots of later iterations are added by

@@ -149,6 +149,7 @@ class RecurrentModelOutput(ModelOutput):
 class RecurrentPreTrainedModel(PreTrainedModel):
     """What body and head share towards transformers."""
 
+    config: Any
     config_class = RecurrentConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -156,7 +157,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,7 +175,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
-        parent = MODEL_MAPPING[type(config.base_config)](config.base_config)
+        parent_class: Any = MODEL_MAPPING[type(config.base_config)]
+        parent = parent_class(config.base_config)
         # In a tuple, so that it is not registered as a submodule: it lends its modules and the
         # way its family initialises them, and its parameters must not count twice.
         self.parent = (parent,)
@@ -207,7 +209,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """Layers after the loop."""
         return self.layers[self.config.num_prelude_layers + self.config.num_core_layers :]
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Embed token ids (B, T) as the parent does, to (B, T, D)."""
         return self.embed_tokens(input_ids)
 
@@ -530,12 +532,15 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         # Beams and samples repeat each row; a depth per row must be a tensor to be repeated too.
         if isinstance(kwargs.get("num_recurrences"), (list, tuple)):
             kwargs["num_recurrences"] = torch.as_tensor(kwargs["num_recurrences"])
-        return super()._expand_inputs_for_generation(*args, **kwargs)
+        parent: Any = super()
+        return parent._expand_inputs_for_generation(*args, **kwargs)
 
+    # pyrefly: ignore[bad-override]
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         by_row = isinstance(model_kwargs.get("num_recurrences"), torch.Tensor)
         if by_row and type(model_kwargs.get("past_key_values")) is DynamicCache:
             model_kwargs["past_key_values"] = RecurrentCache(self.config)

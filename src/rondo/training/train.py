@@ -78,6 +78,7 @@ def setup(config: TrainConfig) -> Run:
     device = provenance.choose_device(config.device)
     dtype = provenance.choose_dtype(config.dtype, device)
     model_directory = Path(config.model)
+    model: Any
     if config.mode == "static":
         model_directory = Path(checkpoint_facts["parent"]["path"])
         if not (model_directory / "config.json").is_file():
@@ -85,7 +86,7 @@ def setup(config: TrainConfig) -> Run:
                 f"the static twin needs the parent as a directory, and {model_directory} is none: "
                 "for a GGUF file, convert from the output of rondo dequantize"
             )
-        model: Any = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
         costs, cap = costs_of_parent(model), 1
     else:
         model = RecurrentForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
@@ -316,7 +317,9 @@ def resumed_config(config: TrainConfig) -> TrainConfig:
     if config.resume and (given / "run.json").is_file():
         facts = provenance.read_json(given / "run.json")
         if facts.get("kind") == "run":
-            return TrainConfig(**{**facts["config"], "output_dir": str(given), "resume": True})
+            stored: dict[str, Any] = facts["config"]
+            stored |= {"output_dir": str(given), "resume": True}
+            return TrainConfig(**stored)
     return config
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, parent_of, recurrent
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig
 
+from conftest import VOCAB, parent_of, recurrent
 from rondo.convert.families import cut_config, skeleton
 from rondo.convert.split import preset_split
 from rondo.flops import Costs, costs_of, costs_of_parent

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, recurrent
 from torch import Tensor, nn
 
+from conftest import VOCAB, recurrent
 from rondo.modeling.modeling_recurrent import LayerInputs, RecurrentForCausalLM
 
 IDS = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BOS, FAMILIES, VOCAB, parent_of, recurrent
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from conftest import BOS, FAMILIES, VOCAB, parent_of, recurrent
 from rondo.convert.families import cut_config
 from rondo.modeling.cache_recurrent import RecurrentCache, core_slot
 from rondo.modeling.configuration_recurrent import RecurrentConfig
@@ -410,6 +410,16 @@ def test_rows_of_different_depth_need_the_cache_that_knows_them() -> None:
         model.generate(
             some_ids(), num_recurrences=[1, 2], max_new_tokens=2, cache_implementation="static"
         )
+
+
+def test_a_cache_that_was_reset_serves_rows_of_other_depths() -> None:
+    model, batch = recurrent("olmo3"), padded()
+    cache = RecurrentCache(model.config)
+    for depths in ([1, 3, 2], [3, 1, 2], [2, 2, 2], [1, 1, 4]):
+        options = {"num_recurrences": depths, "past_key_values": cache}
+        whole = model(**batch, num_recurrences=depths).logits
+        assert_real_close(in_pieces(model, batch, range(15, 21), **options), whole, batch)
+        cache.reset()
 
 
 @cached_families

@@ -181,7 +181,7 @@ def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
         checks = verify.prove(partial, source, tensors["parent_hash"], config.seed)
         for check in checks:
             print(check.line())
-        verify.raise_if_failed(checks)
+        verify.raise_if_failed(checks, "; nothing was kept")
         facts = {
             "kind": "convert",
             "parent": {

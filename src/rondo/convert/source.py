@@ -224,8 +224,8 @@ def dequantize(file: Path, directory: Path) -> None:
     Raises:
         UserError: The file cannot be read.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")):
-        raise UserError("reading GGUF needs gguf and accelerate: pip install 'rondo-lm[gguf]'")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading GGUF needs the package gguf: pip install 'rondo-lm[gguf]'")
     options: dict[str, Any] = {"gguf_file": file.name}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **options)

@@ -7,6 +7,7 @@ so its masks, positions and per-layer settings stay those of the original indice
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Check:
         return values
 
 
-def raise_if_failed(checks: list[Check]) -> None:
+def raise_if_failed(checks: list[Check], consequence: str = "") -> None:
     """Raise for failed checks, saying which and by how much.
 
     Raises:
@@ -71,8 +72,7 @@ def raise_if_failed(checks: list[Check]) -> None:
     failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
     if failed:
         raise ProofError(
-            f"the conversion is not faithful, nothing was kept: {'; '.join(failed)}. Please "
-            "report this with the parent's config.json"
+            f"the checkpoint is not faithful to its parent: {'; '.join(failed)}{consequence}"
         )
 
 
@@ -86,16 +86,36 @@ def proof_tokens(vocab_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     return input_ids, attention_mask
 
 
+class Loader:
+    """Loads models in float32: into memory, or layer by layer from their files as they run.
+
+    Args:
+        resident: Whether they fit in memory.
+        scratch: An empty directory, which loading from files asks for and leaves empty.
+    """
+
+    def __init__(self, resident: bool, scratch: Path):
+        self.resident = resident
+        self._options: dict[str, Any] = {"dtype": torch.float32}
+        if not resident:
+            self._options |= {"device_map": {"": "disk"}, "offload_folder": scratch}
+
+    def load(self, model_class: Any, path: Path) -> tuple[Any, dict[str, Any]]:
+        """Return a model for inference, and which tensors found no place."""
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **self._options)
+        return model.eval(), info
+
+
 @torch.no_grad()
 def parent_logits(
-    source: Source, model: RecurrentForCausalLM, input_ids: torch.Tensor, dtype: torch.dtype
+    source: Source, model: RecurrentForCausalLM, input_ids: torch.Tensor, loader: Loader
 ) -> torch.Tensor:
     """Run the parent over the kept layers only, (B, T, V).
 
     Where the model's first iteration does not start from e itself, the same injection is put
     before the parent's first core layer.
     """
-    parent = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()
+    parent, _ = loader.load(AutoModelForCausalLM, source.path)
     kept: Any = model.config.source_layers
     layers = parent.base_model.layers
     for index, layer in enumerate(layers):
@@ -147,55 +167,55 @@ def _spread(logits: torch.Tensor) -> float:
 
 
 def fits_in_memory(source: Source) -> bool:
-    """Whether the model in float32, and a copy while it loads, fit in half of the memory."""
+    """Whether the model in float32 fits twice in half of the memory: itself, and a saved copy."""
     values = sum(tensor.numel() for shard in source.shards() for _, tensor in read_tensors(shard))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return values * 4 < memory / 2
+    return 2 * 4 * values < memory / 2
 
 
 @torch.no_grad()
 def prove(directory: Path, source: Source, parent_hash: str, seed: int = 0) -> list[Check]:
-    """Run every check of a converted checkpoint against its parent.
+    """Run every check of a converted checkpoint against its parent, in float32."""
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".proof.") as scratch:
+        loader = Loader(fits_in_memory(source), Path(scratch))
+        model, loading = loader.load(RecurrentForCausalLM, directory)
+        input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
+        return [
+            _against_parent(model, source, input_ids, loader),
+            _accounted(loading),
+            *_against_itself(model, input_ids, attention_mask),
+            *_saved_and_loaded(model, directory, input_ids, loader, Path(scratch) / "saved"),
+            _same_parent(source, parent_hash),
+        ]
 
-    A model too large for float32 in memory is compared in its stored type.
-    """
-    dtype: Any = torch.float32 if fits_in_memory(source) else source.config.dtype
-    loaded: Any = RecurrentForCausalLM.from_pretrained(
-        directory, dtype=dtype, output_loading_info=True
-    )
-    model, loading = loaded[0].eval(), loaded[1]
-    input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
+
+def _against_parent(
+    model: RecurrentForCausalLM, source: Source, input_ids: torch.Tensor, loader: Loader
+) -> Check:
     ours = model(input_ids, num_recurrences=1).logits
-    checks = [_accounted(loading), *_tied(model, directory)]
-    checks.extend(_against_itself(model, input_ids, attention_mask))
-    checks.append(_saved_and_loaded(model, directory, input_ids))
     if source.raven is None:
-        theirs = parent_logits(source, model, input_ids, dtype)
+        theirs = parent_logits(source, model, input_ids, loader)
     else:
         theirs = raven.reference_logits(source.raven, source.shards(), input_ids)
     exact = _starts_from_inputs(model) and source.raven is None
-    allowed = 0.0 if exact else TOLERANCE * _spread(theirs)
-    kept_all = len(model.config.source_layers) == source.config.num_hidden_layers
-    what = "the parent" if kept_all else "the parent without the dropped layers"
-    checks.insert(
-        0,
-        Check(
-            f"r = 1 equals {what}",
-            _distance(ours, theirs),
-            allowed,
-            f"largest difference of logits, {str(dtype).removeprefix('torch.')}",
-        ),
+    kept: Any = model.config.source_layers
+    without = len(kept) < source.config.num_hidden_layers
+    return Check(
+        f"r = 1 equals the parent{' without the dropped layers' if without else ''}",
+        _distance(ours, theirs),
+        0.0 if exact else TOLERANCE * _spread(theirs),
+        "largest difference of logits, float32",
     )
+
+
+def _same_parent(source: Source, parent_hash: str) -> Check:
     found = weights_hash(source)
-    checks.append(
-        Check(
-            "the parent's weights are those converted",
-            float(found != parent_hash),
-            0.0,
-            f"sha256 {found[:16]}",
-        )
+    return Check(
+        "the parent's weights are those converted",
+        float(found != parent_hash),
+        0.0,
+        f"sha256 {found[:16]}",
     )
-    return checks
 
 
 def _accounted(loading: dict) -> Check:
@@ -206,15 +226,6 @@ def _accounted(loading: dict) -> Check:
         0.0,
         f"unplaced: {', '.join(sorted(unplaced))}" if unplaced else "none left over",
     )
-
-
-def _tied(model: RecurrentForCausalLM, directory: Path) -> Iterator[Check]:
-    if not model.config.tie_word_embeddings:
-        return
-    index = read_json(directory / "model.safetensors.index.json")
-    same = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    stored_once = "lm_head.weight" not in index["weight_map"]
-    yield Check("tied embeddings are one storage", float(not (same and stored_once)), 0.0)
 
 
 def _against_itself(
@@ -265,14 +276,36 @@ def _decode_with_cache(
 
 
 def _saved_and_loaded(
-    model: RecurrentForCausalLM, directory: Path, input_ids: torch.Tensor
-) -> Check:
-    """Compare with a second load of the same files, which a save of this model would equal."""
+    model: RecurrentForCausalLM,
+    directory: Path,
+    input_ids: torch.Tensor,
+    loader: Loader,
+    place: Path,
+) -> Iterator[Check]:
+    """Save the model, load it again and compare; one too large for memory is loaded again only."""
+    if loader.resident:
+        model.save_pretrained(place)
+    again, _ = loader.load(RecurrentForCausalLM, place if loader.resident else directory)
     depth = DEPTHS[-1]
-    before = model(input_ids, num_recurrences=depth).logits
-    again = RecurrentForCausalLM.from_pretrained(directory, dtype=model.dtype).eval()
-    error = _distance(before, again(input_ids, num_recurrences=depth).logits)
-    return Check("save and load give the same logits", error, 0.0, f"r = {depth}")
+    error = _distance(
+        model(input_ids, num_recurrences=depth).logits,
+        again(input_ids, num_recurrences=depth).logits,
+    )
+    yield Check("save and load give the same logits", error, 0.0, f"r = {depth}")
+    if model.config.tie_word_embeddings:
+        apart = [
+            name
+            for name, one in (("as converted", model), ("as saved again", again))
+            if loader.resident and one.lm_head.weight is not one.model.embed_tokens.weight
+        ]
+        stored = [
+            name
+            for shard in directory.glob("*.safetensors")
+            for name, _ in read_tensors(shard)
+            if name == "lm_head.weight"
+        ]
+        detail = ", ".join([*apart, *stored]) or "in memory and on disk"
+        yield Check("tied embeddings are one storage", float(len(apart + stored)), 0.0, detail)
 
 
 def run(config: VerifyConfig) -> None:

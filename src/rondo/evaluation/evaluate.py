@@ -56,20 +56,19 @@ class Subject:
         self.dtype = choose_dtype(config.dtype, self.device)
         self.recurrent = fields.get("model_type") == "rondo"
         self.seed = config.seed
-        self.model: Any
+        model: Any
         try:
             if self.recurrent:
-                self.model = RecurrentForCausalLM.from_pretrained(self.directory, dtype=self.dtype)
+                model = RecurrentForCausalLM.from_pretrained(self.directory, dtype=self.dtype)
             else:
-                self.model = AutoModelForCausalLM.from_pretrained(
+                model = AutoModelForCausalLM.from_pretrained(
                     self.directory,
                     dtype=self.dtype,
                     trust_remote_code=config.trust_remote_code,
                 )
         except (ValueError, OSError, KeyError) as error:
             raise UserError(f"{config.model} holds no model that can be loaded: {error}") from error
-        self.model = self.model.eval()
-        self.model.to(self.device)
+        self.model = model.to(self.device).eval()
         self.costs: Costs = costs_of(self.model) if self.recurrent else costs_of_parent(self.model)
         self.recurrences: tuple[int, ...] = (1,)
         if self.recurrent:

@@ -125,7 +125,7 @@ class ProbeConfig(Config):
     seq_len: int = Field(256, ge=16)
     """Length of the windows the text is cut into."""
     core_sizes: tuple[int, ...] = ()
-    """Lengths of candidate cores; a sixth and a quarter of the depth unless given."""
+    """Lengths of candidate cores; a tenth and a fifth of the depth unless given."""
     mixings: tuple[float, ...] = (0.25, 0.5)
     """Candidate coefficients a of e + a * (s - e)."""
     recurrences: Depths = (2, 4)

@@ -59,8 +59,8 @@ def page() -> str:
         parts.append("\n".join(table) + "\n")
     parts.append(
         "A first word that ends in `.yaml` is a recipe: the same settings, with underscores, as "
-        "YAML. Flags override it.\n\nExit codes: 0 done, 1 failed (a proof that does not hold), 2 a "
-        "mistake that can be mended, 130 stopped with Ctrl-C.\n"
+        "YAML. Flags override it.\n\nExit codes: 0 done, 1 failed (a proof that does not hold), "
+        "2 a mistake that can be mended, 130 stopped with Ctrl-C.\n"
     )
     return "\n".join(parts)
 

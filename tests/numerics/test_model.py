@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from conftest import BOS, FAMILIES, VOCAB, parent_of, recurrent
 from rondo.convert.families import cut_config
-from rondo.modeling.cache_recurrent import RecurrentCache, core_slot
+from rondo.modeling.cache_recurrent import CacheAtIteration, RecurrentCache, core_slot
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM, positional_noise
 
@@ -399,6 +399,16 @@ def test_the_slots_of_a_cache_are_distinct_and_those_of_one_iteration_are_the_pa
         taken.extend(core_slot(config, iteration) + layer for layer in range(3))
     assert core_slot(config, 1) == 1
     assert sorted(taken) == list(range(3 + 5 * 3))
+
+
+def test_the_layers_of_an_iteration_see_its_slots_as_their_own() -> None:
+    model, ids = recurrent("llama"), some_ids()
+    cache = model(ids, use_cache=True, num_recurrences=2).past_key_values
+    model(ids[:, :1], past_key_values=cache, use_cache=True, num_recurrences=1)
+    for iteration, seen in ((1, 22), (2, 21)):
+        view = CacheAtIteration(cache, core_slot(model.config, iteration) - 2, None)
+        assert [view.get_seq_length(layer) for layer in (2, 3)] == [seen, seen]
+        assert view.is_compileable == cache.is_compileable
 
 
 def test_rows_of_different_depth_need_the_cache_that_knows_them() -> None:

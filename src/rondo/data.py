@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -47,7 +49,7 @@ def read_documents(spec: str) -> Documents:
     if spec in SAMPLES:
         path = files("rondo.samples").joinpath(f"{spec}.jsonl.gz")
         return _parse(spec, f"sample {spec}", f"{spec}.jsonl.gz", path.read_bytes())
-    name, _, given = spec.rpartition("=")
+    name, _, given = ("", "", spec) if Path(spec).is_file() else spec.rpartition("=")
     path = Path(given)
     if not path.is_file():
         raise UserError(
@@ -61,18 +63,18 @@ def read_documents(spec: str) -> Documents:
 def _parse(name: str, where: str, file_name: str, raw: bytes) -> Documents:
     try:
         content = gzip.decompress(raw) if file_name.endswith(".gz") else raw
-        text = content.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {where}: {error}") from error
     kind = file_name.removesuffix(".gz")
     if kind.endswith(".jsonl"):
         texts = tuple(
             _fields(where, number, line)
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         )
     elif kind.endswith(".txt"):
-        texts = tuple(block.strip() for block in text.split("\n\n") if block.strip())
+        texts = tuple(block.strip() for block in re.split(r"\n\s*\n", text) if block.strip())
     else:
         raise UserError(f"{where} is neither .jsonl nor .txt (nor either with .gz)")
     if not texts:

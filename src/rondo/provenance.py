@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -102,15 +103,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def claim_directory(path: str, overwrite: bool) -> Path:
-    """Return an output directory that may be written.
+def claim_directory(path: str, overwrite: bool, spare: str = "") -> Path:
+    """Return an output directory that may be written, and does not hold what is to be spared.
 
     Raises:
         UserError: It exists, is not empty and may not be replaced, or cannot be made.
     """
     directory = Path(path)
-    if directory.is_file():
-        raise UserError(f"{path} is a file: name a directory with --output-dir")
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file: name another directory to write")
+    source = Path(spare).resolve()
+    if spare and source.exists() and directory.resolve() in (source, *source.parents):
+        raise UserError(f"writing {path} would delete the source {spare}: write elsewhere")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{path} exists already: choose another directory or add --overwrite")
     return directory
@@ -130,11 +135,24 @@ def staged(path: str | Path) -> Iterator[Path]:
         partial.chmod(0o755)
         if directory.exists():
             old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
-            directory.rename(old / "old")
-            partial.rename(directory)
-            shutil.rmtree(old)
+            try:
+                directory.rename(old / "old")
+                partial.rename(directory)
+            except BaseException:
+                if (old / "old").exists():
+                    (old / "old").rename(directory)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"cannot write {directory}: {error.strerror}; nothing was kept, free some space and "
+            "run the command again"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

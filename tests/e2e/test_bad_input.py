@@ -492,9 +492,9 @@ def test_a_disk_that_is_full_half_way(refused: Callable, good: Path, small_disk:
 
 
 def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert rondo("convrt", "a", "b") == 2
+    assert rondo("konvert", "a", "b") == 2
     told = capsys.readouterr().err
-    assert "'convrt'" in told.splitlines()[0]
+    assert "'konvert'" in told.splitlines()[0]
     assert "did you mean convert?" in told.splitlines()[0]
     assert rondo("xyzzy") == 2
     told = capsys.readouterr().err
@@ -507,7 +507,7 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--spilt", "keep"], ("--spilt", "--split")),
         (["--num-recurences", "3"], ("--num-recurences", "--num-recurrences")),
-        (["--injection", "linaer"], ("--injection", "linaer", "linear")),
+        (["--injection", "lineal"], ("--injection", "lineal", "linear")),
         (["--stride", "two"], ("--stride", "two")),
         (["third-word"], ("third-word",)),
     ],
@@ -546,7 +546,7 @@ def test_a_missing_word(capsys: pytest.CaptureFixture[str]) -> None:
         ("source: a\nsplitt: keep", ("splitt",)),
         ("source: a\nstride: 0", ("stride", "0")),
         ("source: a\nstride: two", ("stride", "two")),
-        ("source: a\ninjection: linaer", ("injection", "linaer")),
+        ("source: a\ninjection: lineal", ("injection", "lineal")),
         ("source: a\nsplit: 5", ("split", "5")),
     ],
 )

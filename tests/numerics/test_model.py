@@ -229,6 +229,17 @@ def test_cached_equals_uncached_with_padding_and_chunked_prefill(family: str) ->
             assert_real_close(cached, whole, batch)
 
 
+@pytest.mark.parametrize("state_init", ["input", "normal"])
+def test_positions_and_mask_follow_from_the_cache_where_none_are_given(state_init: str) -> None:
+    model, ids = recurrent("llama", state_init=state_init, state_std=1.0), some_ids()
+    pieces, cache = [], None
+    for part in ids.split([9, 7, 1, 1, 3], dim=1):
+        output = model(part, past_key_values=cache, use_cache=True, num_recurrences=3)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    assert_close(torch.cat(pieces, dim=1), model(ids, num_recurrences=3).logits)
+
+
 @each_family
 def test_a_left_padded_batch_equals_single_rows(family: str) -> None:
     model, batch = recurrent(family), padded()

@@ -66,7 +66,7 @@ def test_python_m_rondo() -> None:
     answer = run_python("-m", "rondo", "--help")
     assert answer.returncode == 0
     assert answer.stdout.startswith("usage: rondo VERB")
-    answer = run_python("-m", "rondo", "convrt")
+    answer = run_python("-m", "rondo", "konvert")
     assert answer.returncode == 2
     assert "did you mean convert?" in answer.stderr
     assert answer.stdout == ""

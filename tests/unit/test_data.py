@@ -130,7 +130,7 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("blank.txt", " \n\n \n", "holds no text"),
         ("empty.jsonl", "\n", "holds no text"),
         ("empty.jsonl.gz", "", "holds no text"),
-        ("latin.txt", b"caf\xe9", "cannot read"),
+        ("latin.txt", b"na\xefve", "cannot read"),
         ("bad.jsonl", '{"text": "a"}\n\n{', "line 3 is no JSON"),
         ("list.jsonl", "[1]", "line 1 has neither"),
         ("number.jsonl", "5", "line 1 has neither"),

@@ -69,6 +69,7 @@ def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]
     """
     shards = source.shards()
     digests: dict[str, str] = {}
+    written: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     total = used = 0
     extra = new_tensors(plan) if source.raven is None else {}
@@ -91,11 +92,13 @@ def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(out, directory / file)
         weight_map |= dict.fromkeys(out, file)
+        written |= {name: tensor_hash(tensor) for name, tensor in out.items()}
         total += sum(tensor.nbytes for tensor in out.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / "model.safetensors.index.json", index)
     return {
         "used": used,
+        "hash": hash_of_digests(written),
         "dropped": list(plan.dropped),
         "tied_or_computed": list(plan.tied),
         "new": sorted(extra),
@@ -160,8 +163,10 @@ def run(config: ConvertConfig) -> None:
     """
     if not config.output_dir and not config.dry_run:
         raise UserError("name the directory to write after the source, or add --dry-run")
+    if config.json_output and not config.dry_run:
+        raise UserError("--json prints a plan: add --dry-run, or leave it out")
     if not config.dry_run:
-        claim_directory(config.output_dir, config.overwrite)
+        claim_directory(config.output_dir, config.overwrite, spare=config.source)
     with open_source(config.source, config.revision, config.trust_remote_code) as source:
         plan = make_plan(config, source)
         source.tokenizer_files()
@@ -178,7 +183,7 @@ def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
     with staged(config.output_dir) as partial:
         tensors = write_model(plan, source, partial)
         print("prove: comparing with the parent", file=sys.stderr)
-        checks = verify.prove(partial, source, tensors["parent_hash"], config.seed)
+        checks = verify.prove(partial, source, tensors, config.seed)
         for check in checks:
             print(check.line())
         verify.raise_if_failed(checks, "; nothing was kept")

@@ -22,6 +22,7 @@ STATE_SPACE = {"mamba", "mamba2", "linear_attention", "conv", "recurrent", "hybr
 
 # What inspection cannot say in words a user would use.
 KNOWN_REASONS = {
+    "rondo": "it is recurrent already",
     "gemma3n": "its layers share keys and values across the stack and take per-layer embeddings",
     "gemma4": "its layers share keys and values across the stack and take per-layer embeddings",
     "gemma4_text": "its layers share keys and values and take per-layer embeddings",
@@ -60,10 +61,10 @@ def check_config(config: PreTrainedConfig) -> None:
     kinds |= set(getattr(config, "layers_block_type", None) or ())
     if getattr(config, "is_encoder_decoder", False):
         raise refuse(config, "it is an encoder-decoder, not a decoder-only model")
-    if config.get_text_config() is not config:
-        raise refuse(config, "it is multimodal; convert its text model saved on its own")
     if config.model_type in KNOWN_REASONS:
         raise refuse(config, KNOWN_REASONS[config.model_type])
+    if config.get_text_config() is not config:
+        raise refuse(config, "it is multimodal; convert its text model saved on its own")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse(config, "its layers share keys and values across the stack")
     if kinds & STATE_SPACE:
@@ -89,8 +90,14 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     check_config(config)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"):
-        model: Any = model_class(config)
+    try:
+        with torch.device("meta"):
+            model: Any = model_class(config)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"transformers cannot build this {config.model_type} from its config: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     body = model.base_model
     missing = [part for part in PARTS if getattr(body, part, None) is None]
     if missing:

@@ -9,7 +9,7 @@ import torch
 from rondo.config import ConvertConfig
 from rondo.convert import card, probe, raven, split
 from rondo.convert.families import cut_config, skeleton
-from rondo.convert.source import Source
+from rondo.convert.source import Source, read_shapes
 from rondo.convert.split import Split
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of
@@ -93,15 +93,17 @@ def choose_split(config: ConvertConfig, source: Source) -> tuple[Split, float | 
         UserError: The settings contradict each other or the model.
     """
     depth = source.config.num_hidden_layers
-    sizes = split.parse_sizes(config.sizes) if config.sizes else None
+    sizes = split.parse_sizes(config.sizes) if config.sizes is not None else None
     if config.preset and config.preset != "paper":
-        if config.split or sizes:
+        if config.split is not None or sizes:
             raise UserError(f"--preset {config.preset} fixes the split: leave --split and --sizes")
         return split.preset_split(config.preset, depth), None
-    kind = config.split or ("drop" if config.preset == "paper" else "keep")
+    kind = config.split
+    if kind is None:
+        kind = "drop" if config.preset == "paper" else "keep"
     if sizes and kind not in ("keep", "drop", "stride"):
         raise UserError(f"--sizes goes with keep, drop or stride, not with --split {kind}")
-    if config.preset == "paper" and not config.split and not sizes:
+    if config.preset == "paper" and config.split is None and not sizes:
         for name, (layers, published) in split.PRESETS.items():
             if (layers, source.config.hidden_size) == (depth, 2048) and name in source.name.lower():
                 return split.parse_split(published, depth), None
@@ -231,7 +233,12 @@ def map_tensors(
     Raises:
         UserError: A tensor is missing, or one is there that the family does not have.
     """
-    expected = set(parent.state_dict())
+    expected = {name: tuple(tensor.shape) for name, tensor in parent.state_dict().items()}
+    shapes = {
+        (shard, name): shape
+        for shard in source.shards()
+        for name, shape in read_shapes(shard).items()
+    }
     prefix = f"{parent.base_model_prefix}."
     # A body saved on its own has no prefix.
     lacks_prefix = not any(name.startswith(prefix) for name in source.files)
@@ -249,6 +256,12 @@ def map_tensors(
                 f"{source.name} holds a tensor {stored} that {type(parent).__name__} does not "
                 "have: its config and its weights do not belong together"
             )
+        shape = shapes.get((source.files[stored], stored))
+        if shape != expected[name]:
+            raise UserError(
+                f"{source.name}: tensor {stored} has shape {shape}, its config asks for "
+                f"{expected[name]}: its config and its weights do not belong together"
+            )
         seen.add(name)
         if parent_tied and name == "lm_head.weight":
             repeated.append(stored)
@@ -264,7 +277,7 @@ def map_tensors(
             names[stored] = (
                 ("model." + name.removeprefix(prefix),) if name.startswith(prefix) else (name,)
             )
-    missing = sorted(expected - seen - ({"lm_head.weight"} if parent_tied else set()))
+    missing = sorted(expected.keys() - seen - ({"lm_head.weight"} if parent_tied else set()))
     if missing:
         raise UserError(
             f"{source.name} lacks {len(missing)} tensors of {type(parent).__name__}, the first "

@@ -259,6 +259,8 @@ def choice_for(config: ConvertConfig, source: Source) -> dict[str, Any]:
         print("split auto: probing first (rondo probe keeps what it finds)", file=sys.stderr)
         return probe_source(ProbeConfig(source=config.source), source)["choice"]
     found = read_json(Path(config.probe) / "probe.json")
+    if not {"num_layers", "choice"} <= found.keys():
+        raise UserError(f"{config.probe}/probe.json was not written by rondo probe: probe anew")
     if found["num_layers"] != source.config.num_hidden_layers:
         raise UserError(
             f"the probe in {config.probe} is of a model with {found['num_layers']} layers, "
@@ -305,7 +307,7 @@ def run(config: ProbeConfig) -> None:
     Raises:
         UserError: The model cannot be read or looped, or the output exists.
     """
-    directory = claim_directory(config.output_dir, config.overwrite)
+    directory = claim_directory(config.output_dir, config.overwrite, spare=config.source)
     with open_source(config.source, config.revision, config.trust_remote_code) as source:
         found = probe_source(config, source)
     page = describe(found)

@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -24,6 +29,7 @@ from transformers import (
 
 from rondo.config import DequantizeConfig
 from rondo.convert import raven
+from rondo.convert.families import skeleton
 from rondo.errors import UserError
 from rondo.provenance import claim_directory, read_json, staged
 
@@ -126,15 +132,37 @@ def read_directory(name: str, path: Path, trust_remote_code: bool = False) -> So
     if not (path / "config.json").is_file():
         raise UserError(f"{name} is not a model directory: it has no config.json")
     fields = read_json(path / "config.json")
-    released = fields if raven.is_raven(fields) else None
+    if not raven.is_raven(fields):
+        config = _read_config(
+            name,
+            lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
+        )
+        # A family is refused by name before its weights are asked for.
+        skeleton(config)
+        return Source(name, path, config, _weight_files(name, path))
+    files = _weight_files(name, path)
+    config = _read_config(name, lambda: raven.parent_config(fields, files, path))
+    return Source(name, path, config, files, fields)
+
+
+def _read_config(name: str, read: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
+    try:
+        return read()
+    except StrictDataclassError as error:
+        raise UserError(f"the config of {name} cannot be used: {error.__cause__}") from error
+    except (LookupError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"the config of {name} cannot be used: {_first_line(error)}") from error
+
+
+def _weight_files(name: str, path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = {tensor: path / shard for tensor, shard in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged: fetch it again") from error
-        files = {tensor: path / shard for tensor, shard in weight_map.items()}
     elif single.is_file():
         files = {tensor: single for tensor, _ in read_tensors(single)}
     else:
@@ -145,14 +173,7 @@ def read_directory(name: str, path: Path, trust_remote_code: bool = False) -> So
     for shard in set(files.values()):
         if not shard.is_file():
             raise UserError(f"{name} lacks its weight file {shard.name}: fetch it again")
-    try:
-        if released is not None:
-            config = raven.parent_config(released, files, path)
-        else:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"the config of {name} cannot be used: {_first_line(error)}") from error
-    return Source(name, path, config, files, released)
+    return files
 
 
 def read_tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,10 +182,26 @@ def read_tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         UserError: The file is cut short or damaged.
     """
+    with _opened(shard) as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            yield name, file.get_tensor(name)
+
+
+def read_shapes(shard: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a weight file, from its header alone.
+
+    Raises:
+        UserError: The file is cut short or damaged.
+    """
+    with _opened(shard) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
     try:
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                yield name, file.get_tensor(name)
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{shard} cannot be read as safetensors ({error}): it is damaged or its download "
@@ -176,10 +213,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def weights_hash(source: Source) -> str:
+def weights_hash(shards: list[Path]) -> str:
     """Return a hash of names, shapes, types and bytes of all tensors, however sharded."""
     digests = {}
-    for shard in source.shards():
+    for shard in shards:
         for name, tensor in read_tensors(shard):
             digests[name] = tensor_hash(tensor)
     return hash_of_digests(digests)
@@ -254,7 +291,7 @@ def _mend_tokenizer(file: Path, tokenizer: Any) -> None:
 
 def run_dequantize(config: DequantizeConfig) -> None:
     """Run `rondo dequantize`."""
-    directory = claim_directory(config.output_dir, config.overwrite)
+    directory = claim_directory(config.output_dir, config.overwrite, spare=config.source)
     file = find_gguf(config.source)
     with staged(directory) as partial:
         dequantize(file, partial)

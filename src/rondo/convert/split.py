@@ -109,7 +109,7 @@ def parse_sizes(text: str) -> tuple[int, int, int]:
         UserError: It is not three positive numbers.
     """
     words = text.split(",")
-    if len(words) != 3 or not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    if len(words) != 3 or not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise UserError(f"--sizes {text} must be three positive numbers, as '4,8,4'")
     prelude, core, coda = (int(word) for word in words)
     return prelude, core, coda

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -174,18 +175,30 @@ def fits_in_memory(source: Source) -> bool:
 
 
 @torch.no_grad()
-def prove(directory: Path, source: Source, parent_hash: str, seed: int = 0) -> list[Check]:
+def prove(directory: Path, source: Source, tensors: dict[str, Any], seed: int = 0) -> list[Check]:
     """Run every check of a converted checkpoint against its parent, in float32."""
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".proof.") as scratch:
         loader = Loader(fits_in_memory(source), Path(scratch))
-        model, loading = loader.load(RecurrentForCausalLM, directory)
+        try:
+            model, loading = loader.load(RecurrentForCausalLM, directory)
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{directory} is damaged ({str(error).strip().splitlines()[0]}): convert again"
+            ) from error
         input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
         return [
             _against_parent(model, source, input_ids, loader),
             _accounted(loading),
             *_against_itself(model, input_ids, attention_mask),
             *_saved_and_loaded(model, directory, input_ids, loader, Path(scratch) / "saved"),
-            _same_parent(source, parent_hash),
+            _same_weights(
+                "the parent's weights are those converted", source.shards(), tensors["parent_hash"]
+            ),
+            _same_weights(
+                "the checkpoint's weights are those written",
+                sorted(directory.glob("*.safetensors")),
+                tensors["hash"],
+            ),
         ]
 
 
@@ -208,14 +221,9 @@ def _against_parent(
     )
 
 
-def _same_parent(source: Source, parent_hash: str) -> Check:
-    found = weights_hash(source)
-    return Check(
-        "the parent's weights are those converted",
-        float(found != parent_hash),
-        0.0,
-        f"sha256 {found[:16]}",
-    )
+def _same_weights(name: str, shards: list[Path], known: str) -> Check:
+    found = weights_hash(shards)
+    return Check(name, float(found != known), 0.0, f"sha256 {found[:16]}")
 
 
 def _accounted(loading: dict) -> Check:
@@ -323,11 +331,14 @@ def run(config: VerifyConfig) -> None:
             "the checkpoint it was trained from"
         )
     parent = config.parent or facts["parent"]["path"]
+    if config.parent is None and Path(parent).is_absolute() and not Path(parent).exists():
+        raise UserError(f"the parent is no longer at {parent}: say where it is with --parent")
     with open_source(parent) as source:
-        checks = prove(directory, source, facts["parent"]["hash"])
+        checks = prove(directory, source, facts["tensors"])
     if config.json_output:
         print(json.dumps([check.as_dict() for check in checks], indent=1))
     else:
         print("\n".join(check.line() for check in checks))
     raise_if_failed(checks)
-    print(f"{len(checks)} checks passed")
+    if not config.json_output:
+        print(f"{len(checks)} checks passed")

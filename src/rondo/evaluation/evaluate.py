@@ -304,7 +304,7 @@ def run(config: EvalConfig) -> None:
     Raises:
         UserError: The model or a text cannot be read, or the output exists.
     """
-    claim_directory(config.output_dir, config.overwrite)
+    claim_directory(config.output_dir, config.overwrite, spare=config.model)
     results = evaluate(config)
     with staged(config.output_dir) as partial:
         write_json(partial / "results.json", results)

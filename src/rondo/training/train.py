@@ -351,7 +351,7 @@ def prepare_directory(config: TrainConfig) -> Path:
     if config.resume and begun:
         check_same_run(config, directory)
         return directory
-    provenance.claim_directory(config.output_dir, config.overwrite)
+    provenance.claim_directory(config.output_dir, config.overwrite, spare=config.model)
     return directory
 
 

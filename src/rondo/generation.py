@@ -83,21 +83,22 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
         **sampling,
     )
     seconds = time.perf_counter() - start
-    costs = costs_of(model)
-    answers = []
-    for depth, row in zip(depths, output[:, length:].tolist(), strict=True):
-        ends = [place for place, token in enumerate(row) if token == tokenizer.eos_token_id]
-        tokens = row[: ends[0]] if ends else row
-        answers.append(
-            {
-                "num_recurrences": depth,
-                "text": tokenizer.decode(tokens),
-                "tokens": len(tokens),
-                "flops_per_token": costs.forward_flops(depth, seq_len=length + len(tokens)),
-                "batch_seconds": seconds,
-            }
-        )
-    return answers
+    return [
+        answer(model, tokenizer, depth, length, row) | {"batch_seconds": seconds}
+        for depth, row in zip(depths, output[:, length:].tolist(), strict=True)
+    ]
+
+
+def answer(model: Any, tokenizer: Any, depth: int, length: int, row: list[int]) -> dict[str, Any]:
+    """Describe the continuation of a prompt of `length` tokens, up to where it ended itself."""
+    ends = [place for place, token in enumerate(row) if token == tokenizer.eos_token_id]
+    tokens = row[: ends[0]] if ends else row
+    return {
+        "num_recurrences": depth,
+        "text": tokenizer.decode(tokens),
+        "tokens": len(tokens),
+        "flops_per_token": costs_of(model).forward_flops(depth, seq_len=length + len(tokens)),
+    }
 
 
 def run(config: GenerateConfig) -> None:
@@ -108,14 +109,14 @@ def run(config: GenerateConfig) -> None:
     """
     answers = generate(config)
     if config.json_output:
-        for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False))
+        for one in answers:
+            print(json.dumps(one, ensure_ascii=False))
         return
     print(config.prompt)
-    for answer in answers:
+    for one in answers:
         print(
-            f"\n--- r = {answer['num_recurrences']} ({answer['tokens']} tokens, "
-            f"{answer['flops_per_token']:.3g} FLOPs per token)"
+            f"\n--- r = {one['num_recurrences']} ({one['tokens']} tokens, "
+            f"{one['flops_per_token']:.3g} FLOPs per token)"
         )
-        print(answer["text"].strip())
+        print(one["text"].strip())
     print(f"\n{len(answers)} depths in one batch, {answers[0]['batch_seconds']:.1f} s")

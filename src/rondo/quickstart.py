@@ -79,33 +79,7 @@ def steps(config: QuickstartConfig) -> Iterator[Step]:
     )
     yield evaluation(out, parent, "parent")
     yield evaluation(out, recurrent, "before")
-    training: dict[str, Any] = {
-        "model": str(recurrent),
-        "loss": "deep",
-        "recurrence": RecurrenceConfig(distribution="uniform", mean=2, minimum=1),
-        "optimizer": OptimizerConfig(lr=1e-4),
-        "seed": config.seed,
-        "resume": True,
-    }
-    yield Step(
-        "train the recurrent model",
-        TrainConfig(
-            **training,
-            output_dir=str(out / "train"),
-            budget=BudgetConfig(flops=budget(config, out)),
-        ),
-        out / "train" / "final" / "run.json",
-    )
-    yield Step(
-        "train the static twin with the same training FLOPs",
-        TrainConfig(
-            **training,
-            output_dir=str(out / "static"),
-            mode="static",
-            budget=BudgetConfig(like=str(out / "train")),
-        ),
-        out / "static" / "final" / "run.json",
-    )
+    yield from training(config, out, recurrent)
     yield evaluation(out, out / "train" / "final", "after")
     yield evaluation(out, out / "static" / "final", "static")
     results = tuple(str(out / "eval" / name) for name in ("parent", "before", "static", "after"))
@@ -123,6 +97,37 @@ def steps(config: QuickstartConfig) -> Iterator[Step]:
             max_new_tokens=48,
         ),
         None,
+    )
+
+
+def training(config: QuickstartConfig, out: Path, recurrent: Path) -> Iterator[Step]:
+    """Yield the two trainings: the recurrent model, and its twin for the same FLOPs."""
+    common: dict[str, Any] = {
+        "model": str(recurrent),
+        "loss": "deep",
+        "recurrence": RecurrenceConfig(distribution="uniform", mean=2, minimum=1),
+        "optimizer": OptimizerConfig(lr=1e-4),
+        "seed": config.seed,
+        "resume": True,
+    }
+    yield Step(
+        "train the recurrent model",
+        TrainConfig(
+            **common,
+            output_dir=str(out / "train"),
+            budget=BudgetConfig(flops=budget(config, out)),
+        ),
+        out / "train" / "final" / "run.json",
+    )
+    yield Step(
+        "train the static twin with the same training FLOPs",
+        TrainConfig(
+            **common,
+            output_dir=str(out / "static"),
+            mode="static",
+            budget=BudgetConfig(like=str(out / "train")),
+        ),
+        out / "static" / "final" / "run.json",
     )
 
 

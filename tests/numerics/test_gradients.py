@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import VOCAB, recurrent
-from rondo.modeling.modeling_recurrent import LayerInputs, RecurrentForCausalLM
+from rondo.modeling.inputs_recurrent import LayerInputs
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 IDS = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
 Gradients = dict[str, Tensor]
@@ -59,7 +60,7 @@ def start(model: RecurrentForCausalLM) -> tuple[Tensor, LayerInputs]:
     """The prelude's output and what the layers are given, by the body's own pieces."""
     body = model.model
     embeds = body.embed(IDS)
-    inputs = body.layer_inputs(embeds, None, None, None, {})
+    inputs = LayerInputs.prepare(body, embeds, None, None, None, {})
     return body.run(slice(0, model.config.num_prelude_layers), embeds, inputs, None), inputs
 
 

@@ -417,7 +417,7 @@ def test_the_layers_of_an_iteration_see_its_slots_as_their_own() -> None:
     cache = model(ids, use_cache=True, num_recurrences=2).past_key_values
     model(ids[:, :1], past_key_values=cache, use_cache=True, num_recurrences=1)
     for iteration, seen in ((1, 22), (2, 21)):
-        view = CacheAtIteration(cache, core_slot(model.config, iteration) - 2, None)
+        view = CacheAtIteration(cache, core_slot(model.config, iteration) - 2)
         assert [view.get_seq_length(layer) for layer in (2, 3)] == [seen, seen]
         assert view.is_compileable == cache.is_compileable
 

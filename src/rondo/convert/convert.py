@@ -29,7 +29,7 @@ from rondo.convert.source import (
     tensor_hash,
 )
 from rondo.errors import UserError
-from rondo.modeling.modeling_recurrent import Injection
+from rondo.modeling.injection_recurrent import Injection
 from rondo.provenance import claim_directory, read_json, record, staged, write_json
 
 AUTO_MAP = {
@@ -37,7 +37,13 @@ AUTO_MAP = {
     "AutoModel": "modeling_recurrent.RecurrentModel",
     "AutoModelForCausalLM": "modeling_recurrent.RecurrentForCausalLM",
 }
-MODELING_FILES = ("configuration_recurrent.py", "cache_recurrent.py", "modeling_recurrent.py")
+MODELING_FILES = (
+    "configuration_recurrent.py",
+    "cache_recurrent.py",
+    "injection_recurrent.py",
+    "inputs_recurrent.py",
+    "modeling_recurrent.py",
+)
 
 
 def new_tensors(plan: Plan) -> dict[str, torch.Tensor]:

@@ -72,6 +72,11 @@ def check_config(config: PreTrainedConfig) -> None:
     if kinds - ATTENTION_KINDS - {"attention"}:
         strange = ", ".join(sorted(kinds - ATTENTION_KINDS))
         raise refuse(config, f"its {strange} layers keep a cache that iterations cannot address")
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise refuse(
+            config,
+            "it is a mixture of experts, whose tensors transformers regroups while it loads them",
+        )
     if getattr(config, "use_bidirectional_attention", None):
         raise refuse(config, "its attention looks both ways")
     if getattr(config, "quantization_config", None) is not None:

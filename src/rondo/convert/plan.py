@@ -14,7 +14,8 @@ from rondo.convert.split import Split
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of
 from rondo.modeling.configuration_recurrent import RecurrentConfig
-from rondo.modeling.modeling_recurrent import DEFAULT_MIXING, RecurrentForCausalLM
+from rondo.modeling.injection_recurrent import DEFAULT_MIXING
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 

@@ -24,7 +24,8 @@ from rondo.convert.split import Split
 from rondo.data import encode, load_tokenizer, packed_rows, read_documents, separator_of
 from rondo.errors import UserError
 from rondo.modeling.configuration_recurrent import RecurrentConfig
-from rondo.modeling.modeling_recurrent import LayerInputs, RecurrentForCausalLM
+from rondo.modeling.inputs_recurrent import LayerInputs
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import choose_dtype, claim_directory, read_json, record, staged, write_json
 
 NUM_FINALISTS = 4
@@ -98,10 +99,8 @@ class Looper:
     def read(self, name: str, ids: torch.Tensor) -> Text:
         """Run the parent once over windows (B, T) and keep every hidden state."""
         body = self.model.model
-        embeds = body.embed_tokens(ids)
-        if body.embedding_factor is not None:
-            embeds = embeds * body.embedding_factor
-        inputs = body.layer_inputs(embeds, None, None, None, {})
+        embeds = body.embed(ids)
+        inputs = LayerInputs.prepare(body, embeds, None, None, None, {})
         text = Text(name, ids, [embeds], inputs)
         for index in range(self.depth):
             text.states.append(self.run(index, index + 1, text.states[-1], text))

@@ -28,29 +28,22 @@ def make_room(cache: Cache, config: RecurrentConfig, num_recurrences: int) -> No
         ValueError: The cache holds tokens that were computed at a smaller depth, so the deeper
             iterations have no keys and values of them to attend to.
     """
+    if not torch.compiler.is_compiling():  # comparing lengths would break a compiled graph
+        seen = int(cache.get_seq_length())
+        deepest = int(cache.get_seq_length(core_slot(config, num_recurrences))) if seen else 0
+        if deepest < seen:
+            raise ValueError(
+                f"the cache holds {seen} tokens, but only {deepest} of them at iteration "
+                f"{num_recurrences}: continue at the depth the prompt was computed at, or start "
+                "anew"
+            )
     if cache.layer_class_to_replicate is None:
         needed = config.num_hidden_layers + (num_recurrences - 1) * config.num_core_layers
         for slot in range(len(cache.layers), needed):
             core_layer = (slot - config.num_hidden_layers) % config.num_core_layers
-            template: Any = cache.layers[config.num_prelude_layers + core_layer]
-            cache.layers.append(
-                copy.deepcopy(template) if not template.is_initialized else _emptied(template)
-            )
-    seen = cache.get_seq_length()
-    deepest = cache.get_seq_length(core_slot(config, num_recurrences))
-    # A static cache counts in tensors; comparing them would break a compiled graph.
-    if isinstance(seen, int) and isinstance(deepest, int) and deepest < seen:
-        raise ValueError(
-            f"the cache holds {seen} tokens, but only {deepest} of them at iteration "
-            f"{num_recurrences}: continue at the depth the prompt was computed at, or start anew"
-        )
-
-
-def _emptied(layer: Any) -> Any:
-    fresh = copy.copy(layer)
-    fresh.keys = fresh.values = None
-    fresh.is_initialized = False
-    return fresh
+            added: Any = copy.deepcopy(cache.layers[config.num_prelude_layers + core_layer])
+            added.reset()
+            cache.layers.append(added)
 
 
 class CacheAtIteration:
@@ -62,13 +55,11 @@ class CacheAtIteration:
     Args:
         cache: The cache of the whole call.
         offset: What is added to a layer's own index to find its slot.
-        rows: Rows of the batch that take part, or None for all.
     """
 
-    def __init__(self, cache: Any, offset: int, rows: torch.Tensor | None):
+    def __init__(self, cache: Any, offset: int):
         self._cache = cache
         self._offset = offset
-        self._rows = rows
 
     def update(
         self,
@@ -79,10 +70,9 @@ class CacheAtIteration:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values (B, heads, T, head_dim) and return all of the slot."""
-        slot = layer_idx + self._offset
-        if self._rows is not None:
-            self._cache.claim(slot, self._rows)
-        return self._cache.update(key_states, value_states, slot, *args, **kwargs)
+        return self._cache.update(
+            key_states, value_states, layer_idx + self._offset, *args, **kwargs
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens seen by the slot of a layer."""
@@ -101,20 +91,32 @@ class RecurrentCache(DynamicCache):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config=config.base_config)
+        self._num_core_layers = config.num_core_layers
+        # Rows of each slot that holds fewer than all.
         self._slot_rows: dict[int, torch.Tensor] = {}
 
-    def claim(self, slot: int, rows: torch.Tensor) -> None:
-        """Declare which rows of the batch a slot holds.
+    def claim(self, first_slot: int, rows: torch.Tensor | None) -> None:
+        """Declare which rows of the batch (None for all) the slots of an iteration hold.
 
         Raises:
-            ValueError: The slot holds other rows already.
+            ValueError: They hold other rows already.
         """
-        known = self._slot_rows.setdefault(slot, rows)
-        if known is not rows and not torch.equal(known, rows):
-            raise ValueError(
-                "the depth of a row changed while its cache was in use: keep num_recurrences "
-                "the same for the prompt and its continuation"
-            )
+        slots = range(first_slot, first_slot + self._num_core_layers)
+        if self.get_seq_length(first_slot):
+            known = self._slot_rows.get(first_slot)
+            same = known is rows if known is None or rows is None else torch.equal(known, rows)
+            if not same:
+                raise ValueError(
+                    "the depth of a row changed while its cache was in use: keep num_recurrences "
+                    "the same for the prompt and its continuation"
+                )
+        elif rows is not None:
+            self._slot_rows |= dict.fromkeys(slots, rows)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._slot_rows.clear()
 
     def _take_rows(self, index: torch.Tensor) -> None:
         layers: list[Any] = self.layers
@@ -128,8 +130,12 @@ class RecurrentCache(DynamicCache):
                 continue
             place = torch.full((batch_size,), -1, dtype=torch.long, device=index.device)
             place[rows] = torch.arange(len(rows), device=index.device)
-            self._slot_rows[slot] = (place[index] >= 0).nonzero().flatten()
-            layer.batch_select_indices(place[index][self._slot_rows[slot]])
+            kept = (place[index] >= 0).nonzero().flatten()
+            layer.batch_select_indices(place[index][kept])
+            if len(kept) < len(index):
+                self._slot_rows[slot] = kept
+            else:  # the rows that are left all reach this iteration
+                del self._slot_rows[slot]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row i continue what row beam_idx[i] held."""

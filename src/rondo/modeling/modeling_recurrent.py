@@ -13,9 +13,8 @@ Shapes: B batch, T tokens of this call, D width, V vocabulary.
 """
 
 import inspect
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,100 +32,8 @@ from transformers.utils import ModelOutput
 
 from .cache_recurrent import CacheAtIteration, RecurrentCache, core_slot, make_room
 from .configuration_recurrent import RecurrentConfig
-
-# Start of the mix coefficient where nobody chose one: SmolLM2's layers loop best near it.
-DEFAULT_MIXING = 0.25
-
-
-class Injection(nn.Module):
-    """Feeds the prelude's output into an iteration: (s, e), each (B, T, D), to (B, T, D)."""
-
-    def __init__(self, config: RecurrentConfig):
-        super().__init__()
-        self.kind = config.injection
-        if self.kind == "mix":
-            self.mixing = nn.Parameter(torch.empty(config.hidden_size))
-        elif self.kind == "linear":
-            self.weight = nn.Parameter(torch.empty(config.hidden_size, 2 * config.hidden_size))
-
-    @torch.no_grad()
-    def initialize(self, mixing: float = DEFAULT_MIXING) -> None:
-        """Start as ``e + mixing * (s - e)``, which is e itself where s = e."""
-        if self.kind == "mix":
-            self.mixing.fill_(mixing)
-        elif self.kind == "linear":
-            eye = torch.eye(
-                self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device
-            )
-            self.weight.copy_(torch.cat([mixing * eye, (1 - mixing) * eye], dim=1))
-
-    def forward(self, s_BTD: torch.Tensor, e_BTD: torch.Tensor) -> torch.Tensor:
-        """Combine the state with the prelude's output."""
-        if self.kind == "mix":
-            # Written around e, so that s = e gives e to the last bit whatever the coefficient.
-            return e_BTD + self.mixing * (s_BTD - e_BTD)
-        if self.kind == "linear":
-            return nn.functional.linear(torch.cat([s_BTD, e_BTD], dim=-1), self.weight)
-        return s_BTD + e_BTD
-
-
-def positional_noise(
-    position_ids: torch.Tensor, width: int, std: float, seed: int | torch.Tensor
-) -> torch.Tensor:
-    """Truncated normal noise that depends on the seed, the position and the channel only.
-
-    Cached decoding, another batch or another padding thus meet the noise that the whole sequence
-    met. The counter is hashed by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014).
-
-    Args:
-        position_ids: Positions, (B, T).
-        width: D.
-        std: Standard deviation before truncation at three of them.
-        seed: One seed, or one per row (B,).
-
-    Returns:
-        Noise of shape (B, T, D) in float32.
-    """
-    seed_B = torch.as_tensor(seed, device=position_ids.device).reshape(-1, 1, 1)
-    channel = torch.arange(width, device=position_ids.device)
-    # Odd multipliers spread seed, position and channel over the 64 bits; int64 wraps as wanted.
-    z = seed_B * 0x632BE59BD9B4E019 + position_ids[..., None] * 0x2545F4914F6CDD1D + channel
-    z = z * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    z = z ^ ((z >> 31) & ((1 << 33) - 1))
-    uniform = (((z >> 40) & 0xFFFFFF).float() + 0.5) / 2**24
-    inside_three_std = math.erf(3 / math.sqrt(2))
-    return std * math.sqrt(2) * torch.erfinv((2 * uniform - 1) * inside_three_std)
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What the layers of one call are given beside their hidden states, by layer type or once."""
-
-    masks: Any
-    position_embeddings: Any
-    position_ids: torch.Tensor
-    extra: dict[str, Any]
-
-    def rows(self, rows: torch.Tensor) -> "LayerInputs":
-        """Restrict to some rows of the batch."""
-
-        def take(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: take(item) for key, item in value.items()}
-            if isinstance(value, tuple):
-                return tuple(take(item) for item in value)
-            if value is None or value.shape[0] == 1:
-                return value
-            return value.index_select(0, rows)
-
-        return replace(
-            self,
-            masks=take(self.masks),
-            position_embeddings=take(self.position_embeddings),
-            position_ids=take(self.position_ids),
-        )
+from .injection_recurrent import Injection, positional_noise
+from .inputs_recurrent import LayerInputs
 
 
 @dataclass
@@ -209,9 +116,18 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """Layers after the loop."""
         return self.layers[self.config.num_prelude_layers + self.config.num_core_layers :]
 
-    def embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """Embed token ids (B, T) as the parent does, to (B, T, D)."""
-        return self.embed_tokens(input_ids)
+    def embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed token ids (B, T) as the parent does, to (B, T, D), or take embeddings as given.
+
+        Raises:
+            ValueError: Both are given, or neither.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return embeds if self.embedding_factor is None else embeds * self.embedding_factor
 
     def initial_state(
         self, e_BTD: torch.Tensor, position_ids: torch.Tensor, seed: int | torch.Tensor
@@ -284,10 +200,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if rows is not None:
             s_BTD, e_BTD = s_BTD.index_select(0, rows), e_BTD.index_select(0, rows)
             inputs = inputs.rows(rows)
-        first = self.config.num_prelude_layers
-        view = None
+        first, view = self.config.num_prelude_layers, None
         if cache is not None:
-            view = CacheAtIteration(cache, core_slot(self.config, iteration) - first, rows)
+            slot = core_slot(self.config, iteration)
+            if isinstance(cache, RecurrentCache):
+                cache.claim(slot, rows)
+            view = CacheAtIteration(cache, slot - first)
         core = slice(first, first + self.config.num_core_layers)
         return self.run(core, self.injection(s_BTD, e_BTD), inputs, view)
 
@@ -295,39 +213,6 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """Run the coda and the final norm on a state."""
         start = self.config.num_prelude_layers + self.config.num_core_layers
         return self.norm(self.run(slice(start, len(self.layers)), s_BTD, inputs, cache))
-
-    def layer_inputs(
-        self,
-        embeds_BTD: torch.Tensor,
-        attention_mask: torch.Tensor | dict | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        extra: dict[str, Any],
-    ) -> LayerInputs:
-        """Prepare masks and rotary embeddings, as the parent's own forward would."""
-        base = self.config.base_config
-        if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device) + seen)[
-                None
-            ]
-        masks = attention_mask
-        if not isinstance(attention_mask, dict):
-            masks = create_masks_for_generate(
-                config=base,
-                inputs_embeds=embeds_BTD,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
-        if self.rotary_by_type:
-            rotary: Any = {
-                kind: self.rotary_emb(embeds_BTD, position_ids, kind)
-                for kind in dict.fromkeys(base.layer_types)
-            }
-        else:
-            rotary = self.rotary_emb(embeds_BTD, position_ids)
-        return LayerInputs(masks, rotary, position_ids, extra)
 
     def forward(
         self,
@@ -352,9 +237,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             past_key_values: A cache of transformers; slots for the depth are added to it.
             inputs_embeds: Embeddings in place of ids.
             use_cache: Whether to return a cache; one is made where none is given.
-            num_recurrences: Depth r, one for all rows or one per row. A row that is done takes
-                no part in later iterations.
-            backprop_depth: Iterations before each output that carry gradient; None for all.
+            num_recurrences: Depth r; one per row stops each row at its own.
+            backprop_depth: Iterations up to each output that carry gradient; None for all.
             output_recurrences: Depths at which the coda is branched off the one trajectory.
             state_seed: Seed of a `normal` initial state, one or one per row.
             **kwargs: Passed on to the layers.
@@ -362,27 +246,22 @@ class RecurrentModel(RecurrentPreTrainedModel):
         Raises:
             ValueError: The depth is out of range, or the options exclude each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.embedding_factor is not None:
-            embeds = embeds * self.embedding_factor
+        embeds = self.embed(input_ids, inputs_embeds)
         depth = self.check_depth(num_recurrences, embeds.shape[0])
         deepest = depth if isinstance(depth, int) else int(depth.max())
         if (output_recurrences or backprop_depth) and (use_cache or not isinstance(depth, int)):
-            raise ValueError(
-                "output_recurrences and backprop_depth need one depth for all rows and no cache"
-            )
+            raise ValueError("branches and a backprop_depth need one depth for all rows, no cache")
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(self.config)
         if past_key_values is not None:
             make_room(past_key_values, self.config, deepest)
-        inputs = self.layer_inputs(embeds, attention_mask, position_ids, past_key_values, kwargs)
-
+        inputs = LayerInputs.prepare(
+            self, embeds, attention_mask, position_ids, past_key_values, kwargs
+        )
         prelude = slice(0, self.config.num_prelude_layers)
         e_BTD = self.run(prelude, embeds, inputs, past_key_values)
         s_BTD = self.initial_state(e_BTD, inputs.position_ids, state_seed)
-        branches: tuple[torch.Tensor, ...] | None = None
+        branches = None
         if not isinstance(depth, int):
             s_BTD = self._loop_by_row(depth.to(e_BTD.device), s_BTD, e_BTD, inputs, past_key_values)
         elif output_recurrences or backprop_depth:
@@ -392,12 +271,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         else:
             for iteration in range(1, depth + 1):
                 s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, past_key_values)
-        return RecurrentModelOutput(
-            last_hidden_state=self.finish(s_BTD, inputs, past_key_values),
-            past_key_values=past_key_values,
-            branches=branches,
-            state=s_BTD,
-        )
+        hidden_BTD = self.finish(s_BTD, inputs, past_key_values)
+        return RecurrentModelOutput(hidden_BTD, past_key_values, branches, s_BTD)
 
     def _loop_by_row(
         self,
@@ -434,14 +309,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if wanted and not 1 <= min(wanted) <= max(wanted) <= depth:
             raise ValueError(f"output_recurrences {sorted(wanted)} must lie in 1..{depth}")
         window = backprop_depth or depth
-        outputs, carried, finished = wanted | {depth}, True, {}
+        outputs, finished = wanted | {depth}, {}
         for iteration in range(1, depth + 1):
-            carries = any(output - window < iteration <= output for output in outputs)
-            if carries and not carried:
+            starts = [output - window + 1 for output in outputs if output >= iteration]
+            # Cut between windows. Where two overlap, the deeper one reaches back through both.
+            if iteration > 1 and not any(start < iteration for start in starts):
                 s_BTD = s_BTD.detach()
+            carries = any(start <= iteration for start in starts)
             with torch.set_grad_enabled(torch.is_grad_enabled() and carries):
                 s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, None)
-            carried = carries
             if iteration in wanted:
                 finished[iteration] = self.finish(s_BTD, inputs, None)
         return s_BTD, tuple(finished[output] for output in output_recurrences)

@@ -26,12 +26,14 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     # Fields that are given as words, not as flags.
     words: ClassVar[tuple[str, ...]] = ()
+    # Name of a nested group, as its settings are called: `recurrence.mean`.
+    group: ClassVar[str] = ""
 
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except pydantic.ValidationError as error:
-            raise UserError(explain(error)) from error
+            raise UserError(explain(error, type(self).group)) from error
 
 
 class ConvertConfig(Config):
@@ -61,8 +63,8 @@ class ConvertConfig(Config):
     """Start a linear injection from random weights, as the paper does."""
     untie: bool = False
     """Give the head its own copy of a tied embedding, as the paper does."""
-    num_recurrences: int = Field(4, ge=1)
-    """Depth of a call that names none."""
+    num_recurrences: int | None = Field(None, ge=1)
+    """Depth of a call that names none; 4, or what an imported checkpoint was trained for."""
     max_recurrences: int = Field(64, ge=1)
     """Hard cap on the depth."""
     probe: str | None = None
@@ -222,6 +224,8 @@ class GenerateConfig(Config):
 class RecurrenceConfig(Config):
     """How deep each training step runs."""
 
+    group: ClassVar[str] = "recurrence"
+
     distribution: Literal["poisson-lognormal", "poisson-lognormal-honest", "uniform", "fixed"] = (
         "poisson-lognormal"
     )
@@ -251,6 +255,8 @@ class RecurrenceConfig(Config):
 class OptimizerConfig(Config):
     """AdamW, or Muon for the body's matrices with AdamW for the rest."""
 
+    group: ClassVar[str] = "optimizer"
+
     name: Literal["adamw", "muon"] = "adamw"
     """muon takes matrices of the layers and the linear injection; all else stays on AdamW."""
     lr: float = Field(5e-5, gt=0)
@@ -273,6 +279,8 @@ class OptimizerConfig(Config):
 
 class BudgetConfig(Config):
     """When training ends: exactly one of these."""
+
+    group: ClassVar[str] = "budget"
 
     steps: int | None = Field(None, ge=1)
     """Optimizer steps."""
@@ -379,11 +387,11 @@ def load_yaml(cls: type[C], path: Path) -> C:
         raise UserError(f"the recipe {path} does not fit: {error}") from error
 
 
-def explain(error: pydantic.ValidationError) -> str:
+def explain(error: pydantic.ValidationError, group: str = "") -> str:
     """Put what pydantic found into one line: where, what, and the value that was given."""
     found = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        where = ".".join([*([group] if group else []), *map(str, item["loc"])]) or "settings"
         message = item["msg"].removeprefix("Value error, ")
         given = (
             ""

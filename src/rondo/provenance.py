@@ -20,6 +20,9 @@ import torch
 from rondo.config import Config, command_line, dump
 from rondo.errors import UserError
 
+# A directory that holds one of these was written by a command and may be replaced by one.
+MARKS = ("run.json", "config.json", "report.html")
+
 
 def record(config: Config, **facts: Any) -> dict[str, Any]:
     """Return the content of a run.json: resolved config, command, versions, hardware, facts."""
@@ -116,8 +119,11 @@ def claim_directory(path: str, overwrite: bool, spare: str = "") -> Path:
     source = Path(spare).resolve()
     if spare and source.exists() and directory.resolve() in (source, *source.parents):
         raise UserError(f"writing {path} would delete the source {spare}: write elsewhere")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise UserError(f"{path} exists already: choose another directory or add --overwrite")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not overwrite:
+            raise UserError(f"{path} exists already: choose another directory or add --overwrite")
+        if not any((directory / mark).is_file() for mark in MARKS):
+            raise UserError(f"{path} holds nothing of ours: --overwrite would delete what it holds")
     return directory
 
 

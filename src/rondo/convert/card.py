@@ -43,7 +43,7 @@ Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`,
 {plan["parameters"]["total"]:,} parameters.
 
 ```python
-import rondo  # or pass trust_remote_code=True below
+import rondo  # or pass trust_remote_code=True in both calls below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this-directory")

@@ -18,6 +18,7 @@ from rondo.modeling.injection_recurrent import DEFAULT_MIXING
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
+DEFAULT_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,6 @@ def make_plan(config: ConvertConfig, source: Source) -> Plan:
         raise UserError(f"--random-injection is for --injection linear, not for {injection}")
     if config.mixing is not None and (random or injection == "add"):
         raise UserError("--mixing has no meaning for an injection that is random or adds")
-    if config.num_recurrences > config.max_recurrences:
-        raise UserError(
-            f"--num-recurrences {config.num_recurrences} is beyond the cap --max-recurrences "
-            f"{config.max_recurrences}"
-        )
     mixing = config.mixing if config.mixing is not None else probed_mixing
     base_config = cut_config(source.config, list(chosen.layers))
     tied = source.config.tie_word_embeddings and not (config.untie or paper)
@@ -158,7 +154,7 @@ def make_plan(config: ConvertConfig, source: Source) -> Plan:
         source_layers=list(chosen.layers),
         injection=injection,
         state_init=state_init,
-        num_recurrences=config.num_recurrences,
+        num_recurrences=default_depth(config, DEFAULT_DEPTH),
         max_recurrences=config.max_recurrences,
         architectures=["RecurrentForCausalLM"],
         dtype=source.config.dtype,
@@ -176,6 +172,22 @@ def make_plan(config: ConvertConfig, source: Source) -> Plan:
         repeated,
         meta_costs(model),
     )
+
+
+def default_depth(config: ConvertConfig, usual: int) -> int:
+    """Return the depth of a call that names none: as asked, or the usual one within the cap.
+
+    Raises:
+        UserError: What is asked is beyond the cap.
+    """
+    if config.num_recurrences is None:
+        return min(usual, config.max_recurrences)
+    if config.num_recurrences > config.max_recurrences:
+        raise UserError(
+            f"--num-recurrences {config.num_recurrences} is beyond the cap --max-recurrences "
+            f"{config.max_recurrences}"
+        )
+    return config.num_recurrences
 
 
 def meta_costs(config: RecurrentConfig) -> Costs:
@@ -206,7 +218,7 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
         num_core_layers=core,
         num_coda_layers=coda,
         source_layers=list(range(depth)),
-        num_recurrences=config.num_recurrences,
+        num_recurrences=default_depth(config, fields.get("mean_recurrence") or DEFAULT_DEPTH),
         max_recurrences=config.max_recurrences,
         architectures=["RecurrentForCausalLM"],
         dtype=source.config.dtype,

@@ -45,6 +45,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Weights as safetensors only: pickles are not even fetched.
+WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -101,17 +103,18 @@ def open_source(
         return
     path = Path(name)
     if not path.exists():
-        path = download(name, revision)
+        # The family is judged by its config before gigabytes of weights are fetched.
+        check_family(name, download(name, revision, ["config.json"]), trust_remote_code)
+        path = download(name, revision, WANTED_FILES)
     yield read_directory(name, path, trust_remote_code)
 
 
-def download(name: str, revision: str | None) -> Path:
-    """Fetch a model from the hub, weights as safetensors only.
+def download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch files of a model from the hub.
 
     Raises:
         UserError: The name is neither a directory nor a model that can be reached.
     """
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
@@ -129,20 +132,34 @@ def read_directory(name: str, path: Path, trust_remote_code: bool = False) -> So
     Raises:
         UserError: It is no model directory, its family is unknown, or it has no safetensors.
     """
-    if not (path / "config.json").is_file():
-        raise UserError(f"{name} is not a model directory: it has no config.json")
-    fields = read_json(path / "config.json")
-    if not raven.is_raven(fields):
-        config = _read_config(
-            name,
-            lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
-        )
-        # A family is refused by name before its weights are asked for.
-        skeleton(config)
-        return Source(name, path, config, _weight_files(name, path))
+    config = check_family(name, path, trust_remote_code)
     files = _weight_files(name, path)
+    if config is not None:
+        return Source(name, path, config, files)
+    fields = read_json(path / "config.json")
     config = _read_config(name, lambda: raven.parent_config(fields, files, path))
     return Source(name, path, config, files, fields)
+
+
+def check_family(name: str, path: Path, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """Read the config of a parent and refuse, by name, a family that cannot be done.
+
+    Returns:
+        The config, or None for a released checkpoint of the method, whose family shows in its
+        tensors only.
+
+    Raises:
+        UserError: There is no config, it cannot be used, or the family cannot be looped.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name} is not a model directory: it has no config.json")
+    if raven.is_raven(read_json(path / "config.json")):
+        return None
+    config = _read_config(
+        name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    )
+    skeleton(config)
+    return config
 
 
 def _read_config(name: str, read: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:

@@ -177,7 +177,9 @@ def fits_in_memory(source: Source) -> bool:
 @torch.no_grad()
 def prove(directory: Path, source: Source, tensors: dict[str, Any], seed: int = 0) -> list[Check]:
     """Run every check of a converted checkpoint against its parent, in float32."""
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".proof.") as scratch:
+    # A checkpoint may lie where nothing can be written; a copy of it is large for /tmp.
+    beside = directory.parent if os.access(directory.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".proof.") as scratch:
         loader = Loader(fits_in_memory(source), Path(scratch))
         try:
             model, loading = loader.load(RecurrentForCausalLM, directory)
@@ -236,13 +238,18 @@ def _accounted(loading: dict) -> Check:
     )
 
 
+def _depths(model: RecurrentForCausalLM) -> list[int]:
+    return [depth for depth in DEPTHS if depth <= model.config.max_recurrences]
+
+
 def _against_itself(
     model: RecurrentForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> Iterator[Check]:
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     real = attention_mask[..., None]
     cached_error = padded_error = spread = 0.0
-    for depth in DEPTHS:
+    tried = _depths(model)
+    for depth in tried:
         whole = model(
             input_ids,
             attention_mask=attention_mask,
@@ -256,7 +263,7 @@ def _against_itself(
             start = int((attention_mask[row] == 0).sum())
             alone = model(input_ids[row : row + 1, start:], num_recurrences=depth).logits
             padded_error = max(padded_error, _distance(whole[row : row + 1, start:], alone))
-    depths = f"r = {', '.join(map(str, DEPTHS))}"
+    depths = f"r = {', '.join(map(str, tried))}"
     yield Check("cached equals uncached", cached_error, TOLERANCE * spread, depths)
     yield Check("left-padded batch equals single rows", padded_error, TOLERANCE * spread, depths)
 
@@ -294,7 +301,7 @@ def _saved_and_loaded(
     if loader.resident:
         model.save_pretrained(place)
     again, _ = loader.load(RecurrentForCausalLM, place if loader.resident else directory)
-    depth = DEPTHS[-1]
+    depth = _depths(model)[-1]
     error = _distance(
         model(input_ids, num_recurrences=depth).logits,
         again(input_ids, num_recurrences=depth).logits,
@@ -329,6 +336,10 @@ def run(config: VerifyConfig) -> None:
         raise UserError(
             f"{config.model} is no output of rondo convert (it is a {facts.get('kind')}): verify "
             "the checkpoint it was trained from"
+        )
+    if not {"parent", "tensors"} <= facts.keys() or "hash" not in facts["tensors"]:
+        raise UserError(
+            f"{directory / 'run.json'} is incomplete or of an older form: convert again"
         )
     parent = config.parent or facts["parent"]["path"]
     if config.parent is None and Path(parent).is_absolute() and not Path(parent).exists():

@@ -79,6 +79,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # By name, so that this module itself stays light.
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def entry() -> None:

@@ -261,18 +261,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
         prelude = slice(0, self.config.num_prelude_layers)
         e_BTD = self.run(prelude, embeds, inputs, past_key_values)
         s_BTD = self.initial_state(e_BTD, inputs.position_ids, state_seed)
-        branches = None
-        if not isinstance(depth, int):
-            s_BTD = self._loop_by_row(depth.to(e_BTD.device), s_BTD, e_BTD, inputs, past_key_values)
-        elif output_recurrences or backprop_depth:
-            s_BTD, branches = self._loop_with_branches(
+        if output_recurrences or backprop_depth:
+            return self._loop_with_branches(
                 depth, output_recurrences, backprop_depth, s_BTD, e_BTD, inputs
             )
+        if not isinstance(depth, int):
+            s_BTD = self._loop_by_row(depth.to(e_BTD.device), s_BTD, e_BTD, inputs, past_key_values)
         else:
             for iteration in range(1, depth + 1):
                 s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, past_key_values)
         hidden_BTD = self.finish(s_BTD, inputs, past_key_values)
-        return RecurrentModelOutput(hidden_BTD, past_key_values, branches, s_BTD)
+        return RecurrentModelOutput(hidden_BTD, past_key_values, state=s_BTD)
 
     def _loop_by_row(
         self,
@@ -298,13 +297,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def _loop_with_branches(
         self,
-        depth: int,
+        depth: Any,
         output_recurrences: Sequence[int],
         backprop_depth: int | None,
         s_BTD: torch.Tensor,
         e_BTD: torch.Tensor,
         inputs: LayerInputs,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    ) -> RecurrentModelOutput:
         wanted = set(output_recurrences)
         if wanted and not 1 <= min(wanted) <= max(wanted) <= depth:
             raise ValueError(f"output_recurrences {sorted(wanted)} must lie in 1..{depth}")
@@ -318,9 +317,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
             carries = any(start <= iteration for start in starts)
             with torch.set_grad_enabled(torch.is_grad_enabled() and carries):
                 s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, None)
-            if iteration in wanted:
+            if iteration in outputs:
                 finished[iteration] = self.finish(s_BTD, inputs, None)
-        return s_BTD, tuple(finished[output] for output in output_recurrences)
+        branches = tuple(finished[output] for output in output_recurrences)
+        return RecurrentModelOutput(finished[depth], None, branches, s_BTD)
 
 
 class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):

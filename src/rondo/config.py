@@ -393,12 +393,8 @@ def explain(error: pydantic.ValidationError, group: str = "") -> str:
     for item in error.errors():
         where = ".".join([*([group] if group else []), *map(str, item["loc"])]) or "settings"
         message = item["msg"].removeprefix("Value error, ")
-        given = (
-            ""
-            if item["type"] in ("extra_forbidden", "missing", "value_error")
-            else (f" (got {item['input']!r})")
-        )
-        found.append(f"{where}: {message}{given}")
+        told = item["type"] in ("extra_forbidden", "missing", "value_error")
+        found.append(f"{where}: {message}" + ("" if told else f" (got {item['input']!r})"))
     return "; ".join(found)
 
 
@@ -414,11 +410,6 @@ def parse(cls: type[C], argv: list[str], prog: str) -> C:
             argv = [*given, *argv]
     options = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(cls, args=argv, default=default, prog=prog, config=options)
-
-
-def dump(config: Config) -> dict[str, Any]:
-    """Return the resolved config as plain JSON values."""
-    return config.model_dump(mode="json")
 
 
 def command_line(config: Config) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rondo.config import Config, command_line, dump
+from rondo.config import Config, command_line
 from rondo.errors import UserError
 
 # A directory that holds one of these was written by a command and may be replaced by one.
@@ -28,7 +28,7 @@ def record(config: Config, **facts: Any) -> dict[str, Any]:
     """Return the content of a run.json: resolved config, command, versions, hardware, facts."""
     return {
         "command": command_line(config),
-        "config": dump(config),
+        "config": config.model_dump(mode="json"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": hardware(),

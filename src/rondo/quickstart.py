@@ -56,7 +56,8 @@ class Step:
 def steps(config: QuickstartConfig) -> Iterator[Step]:
     """Yield the chain, step by step; later steps read what earlier ones wrote."""
     out = Path(config.output_dir)
-    parent, recurrent = out / "parent", out / "recurrent"
+    # Under the model's own name, by which the report calls it.
+    parent, recurrent = out / parent_name(config.source), out / "recurrent"
     if config.source == "smollm2" or config.source.endswith(".gguf"):
         yield Step(
             "take the parent out of its GGUF file",
@@ -98,6 +99,11 @@ def steps(config: QuickstartConfig) -> Iterator[Step]:
         ),
         None,
     )
+
+
+def parent_name(source: str) -> str:
+    """Return the name of the directory a parent is taken out into."""
+    return "SmolLM2-135M-Instruct" if source == "smollm2" else Path(source).stem
 
 
 def training(config: QuickstartConfig, out: Path, recurrent: Path) -> Iterator[Step]:

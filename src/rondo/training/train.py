@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rondo import provenance
-from rondo.config import TrainConfig, command_line, dump
+from rondo.config import TrainConfig, command_line
 from rondo.data import TrainingRows, load_tokenizer, read_documents
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
@@ -331,7 +331,7 @@ def check_same_run(config: TrainConfig, directory: Path) -> None:
     """
     stored = provenance.read_json(directory / "run.json")["config"]
     free = {"output_dir", "resume", "overwrite", "save_every", "keep_last", "device"}
-    now = dump(config)
+    now = config.model_dump(mode="json")
     changed = sorted(key for key in now if key not in free and now[key] != stored.get(key))
     if changed:
         raise UserError(

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys

@@ -48,7 +48,7 @@ class ConvertConfig(Config):
     split: str | None = None
     """keep (the default), drop, stride, auto, or prelude,core,coda as '0-4,6-12,12-16'."""
     sizes: str | None = None
-    """Layers of prelude, core and coda as '4,8,4', for keep and drop."""
+    """Layers of prelude, core and coda as '4,8,4', for keep, drop and stride."""
     stride: int = Field(2, ge=1)
     """With --split stride: the core takes every k-th layer of its range."""
     preset: Literal["tinyllama-1.1b", "llama-3.2-1b", "olmo-2-1b", "paper"] | None = None
@@ -73,8 +73,6 @@ class ConvertConfig(Config):
     """Seed of random weights and of the proof's tokens."""
     revision: str | None = None
     """Revision of a hub id."""
-    trust_remote_code: bool = False
-    """Run code that comes with the source. Never set it for a source you do not trust."""
     dry_run: bool = False
     """Print split, parameters, FLOPs and KV bytes; write nothing."""
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
@@ -128,7 +126,10 @@ class ProbeConfig(Config):
     """Length of the windows the text is cut into."""
     core_sizes: tuple[int, ...] = ()
     """Lengths of candidate cores; a tenth and a fifth of the depth unless given."""
-    mixings: tuple[float, ...] = (0.25, 0.5)
+    mixings: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (
+        0.25,
+        0.5,
+    )
     """Candidate coefficients a of e + a * (s - e)."""
     recurrences: Depths = (2, 4)
     """Depths at which the finalists are measured; r = 1 is the parent."""
@@ -136,8 +137,6 @@ class ProbeConfig(Config):
     """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
     revision: str | None = None
     """Revision of a hub id."""
-    trust_remote_code: bool = False
-    """Run code that comes with the source."""
     overwrite: bool = False
     """Replace an existing output directory."""
 
@@ -332,7 +331,7 @@ class TrainConfig(Config):
     """Steps between resumable checkpoints."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints kept."""
-    dtype: Dtype = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast type; weights stay in float32."""
     device: str = "auto"
     """cuda where there is one, cpu elsewhere."""

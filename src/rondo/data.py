@@ -108,8 +108,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a text's token ids, without special tokens of the tokenizer's own choice."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Return a text's token ids, begun as the tokenizer begins a text (BOS, or nothing)."""
+    bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*beginning(tokenizer), *bare]
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that a tokenizer puts before a text by itself."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return next(
+        (whole[:start] for start in range(len(whole)) if whole[start : start + len(bare)] == bare),
+        [],
+    )
 
 
 def packed_rows(token_lists: list[list[int]], separator: int, row_len: int) -> torch.Tensor:
@@ -179,6 +190,12 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no eos_token to end documents with")
     return tokenizer.eos_token_id
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that fills up rows that ended: pad, or else eos."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def padded_batches(

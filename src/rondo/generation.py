@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rondo.config import GenerateConfig
-from rondo.data import load_tokenizer
+from rondo.data import encode, load_tokenizer, pad_token
 from rondo.errors import UserError
 from rondo.flops import costs_of
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
@@ -30,7 +31,7 @@ def load_recurrent(path: str, dtype: str, device: str) -> Any:
         model: Any = RecurrentForCausalLM.from_pretrained(
             directory, dtype=choose_dtype(dtype, where)
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} holds no model that can be loaded: {error}") from error
     return model.to(where).eval()
 
@@ -53,17 +54,19 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
             f"{model.config.max_recurrences} (max_recurrences in its config.json)"
         )
     tokenizer = load_tokenizer(Path(config.model))
-    prompt = config.prompt
+    prompt: Any = config.prompt
     if config.chat:
         if tokenizer.chat_template is None:
             raise UserError(f"{config.model} has no chat template: leave --chat")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
+    if not prompt:
         raise UserError("the prompt is empty: give some text with --prompt")
+    # A chat template writes the beginning of the text itself.
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([tokens if config.chat else encode(tokenizer, prompt)], device=model.device)
+    length = ids.shape[1]
     sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:
         torch.manual_seed(config.seed)
@@ -74,12 +77,12 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
         }
     start = time.perf_counter()
     output = model.generate(
-        input_ids=inputs["input_ids"].repeat(len(depths), 1),
-        attention_mask=inputs["attention_mask"].repeat(len(depths), 1),
+        input_ids=ids.repeat(len(depths), 1),
+        attention_mask=torch.ones_like(ids).repeat(len(depths), 1),
         num_recurrences=depths,
         state_seed=config.seed,
         max_new_tokens=config.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        pad_token_id=pad_token(tokenizer),
         **sampling,
     )
     seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ from rondo.config import Config, command_line
 from rondo.errors import UserError
 
 # A directory that holds one of these was written by a command and may be replaced by one.
-MARKS = ("run.json", "config.json", "report.html")
+MARKS = ("run.json", "report.html")
 
 
 def record(config: Config, **facts: Any) -> dict[str, Any]:
@@ -65,10 +65,14 @@ def _cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the working directory, or None outside a checkout."""
+    """Return the commit of this code, or None where it is not in a checkout."""
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

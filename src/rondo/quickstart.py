@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rondo import cli, report
+from rondo import cli, report, verdict
 from rondo.config import (
     BudgetConfig,
     Config,
@@ -24,7 +24,7 @@ from rondo.config import (
     command_line,
 )
 from rondo.errors import ProofError, UserError
-from rondo.provenance import read_json, write_json
+from rondo.provenance import read_json, record, write_json
 
 PROMPT = (
     "Question: Tom has 3 boxes with 4 apples each. He eats 2 apples. How many are left?\nAnswer:"
@@ -74,15 +74,19 @@ def steps(config: QuickstartConfig) -> Iterator[Step]:
     yield Step(
         "convert, and prove it",
         ConvertConfig(
-            source=str(parent), output_dir=str(recurrent), split="auto", probe=str(out / "probe")
+            source=str(parent),
+            output_dir=str(recurrent),
+            split="auto",
+            probe=str(out / "probe"),
+            seed=config.seed,
         ),
         recurrent / "run.json",
     )
-    yield evaluation(out, parent, "parent")
-    yield evaluation(out, recurrent, "before")
+    yield evaluation(out, parent, "parent", config.seed)
+    yield evaluation(out, recurrent, "before", config.seed)
     yield from training(config, out, recurrent)
-    yield evaluation(out, out / "train" / "final", "after")
-    yield evaluation(out, out / "static" / "final", "static")
+    yield evaluation(out, out / "train" / "final", "after", config.seed)
+    yield evaluation(out, out / "static" / "final", "static", config.seed)
     results = tuple(str(out / "eval" / name) for name in ("parent", "before", "static", "after"))
     yield Step(
         "report",
@@ -96,6 +100,7 @@ def steps(config: QuickstartConfig) -> Iterator[Step]:
             prompt=PROMPT,
             recurrences=(1, 2, 4, 8),
             max_new_tokens=48,
+            seed=config.seed,
         ),
         None,
     )
@@ -136,7 +141,7 @@ def training(config: QuickstartConfig, out: Path, recurrent: Path) -> Iterator[S
     )
 
 
-def evaluation(out: Path, model: Path, name: str) -> Step:
+def evaluation(out: Path, model: Path, name: str, seed: int) -> Step:
     """Return the step that measures one model."""
     directory = out / "eval" / name
     return Step(
@@ -147,6 +152,7 @@ def evaluation(out: Path, model: Path, name: str) -> Step:
             data=("math-test",),
             max_documents=32,
             seq_len=256,
+            seed=seed,
         ),
         directory / "results.json",
     )
@@ -175,6 +181,7 @@ def run(config: QuickstartConfig) -> None:
     """
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    remember(config, out)
     seconds: dict[str, float] = {}
     if (out / "times.json").is_file():
         seconds = read_json(out / "times.json")["seconds"]
@@ -197,11 +204,27 @@ def run(config: QuickstartConfig) -> None:
     conclude(out, seconds)
 
 
+def remember(config: QuickstartConfig, out: Path) -> None:
+    """Write down the settings of the chain, and refuse to go on with others.
+
+    Raises:
+        UserError: The directory holds a chain of other settings, whose parts would be mixed.
+    """
+    settings = config.model_dump(mode="json", exclude={"output_dir"})
+    file = out / "run.json"
+    if not file.is_file():
+        write_json(file, record(config, kind="quickstart", settings=settings))
+    elif read_json(file).get("settings") != settings:
+        raise UserError(
+            f"{out} was made with other settings: choose another --output-dir, or delete it"
+        )
+
+
 def conclude(out: Path, seconds: dict[str, float]) -> None:
     """Say what was gained, and what was not."""
     names = ("parent", "before", "static", "after")
     results = report.load([str(out / "eval" / name) for name in names])
     print(f"\nWhat was gained ({sum(seconds.values()) / 60:.1f} minutes in all):")
-    for line in report.verdict(results):
+    for line in verdict.verdict(results):
         print(f"  - {line}")
     print(f"\nOpen {out / 'report' / 'report.html'} in a browser.")

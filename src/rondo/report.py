@@ -247,7 +247,7 @@ def _cells(row: Json) -> list[str]:
         row["model"],
         row["dataset"],
         str(row["num_recurrences"]),
-        f"{row['value']:.4f} \u00b1 {row['stderr']:.4f}",
+        f"{_number(row['value'], '.4f')} \u00b1 {_number(row['stderr'], '.4f')}",
         _number(row["bits_per_byte"], ".4f"),
         _si(row["flops_per_token"]),
         _number(row["kv_bytes_per_token"], ","),

@@ -176,7 +176,7 @@ def _answer(
 
 def _finite_losses(result: Json, dataset: str) -> dict[int, list[float]]:
     by_depth = result["documents"][dataset]["loss"]
-    return {int(r): losses for r, losses in by_depth.items() if math.isfinite(sum(losses))}
+    return {int(r): losses for r, losses in by_depth.items() if None not in losses}
 
 
 def _flops(result: Json, dataset: str, depth: int) -> float:

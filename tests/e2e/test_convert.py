@@ -304,8 +304,11 @@ def test_the_papers_preset_knows_the_papers_models(
     parent = save_parent(tmp_path / "TinyLlama-1.1B-copy", "llama", **shape)
     assert rondo("convert", parent, "--preset", "paper", "--dry-run", "--json") == 0
     assert printed_json(capsys)["split"] == "0-4,10-18,18-22"
-    renamed = parent.rename(tmp_path / "other-model")
+    renamed = parent.rename(tmp_path / "other-name")
     assert rondo("convert", renamed, "--preset", "paper", "--dry-run", "--json") == 0
+    assert printed_json(capsys)["split"] == "0-4,10-18,18-22"
+    narrow = save_parent(tmp_path / "narrow", "llama", num_hidden_layers=22)
+    assert rondo("convert", narrow, "--preset", "paper", "--dry-run", "--json") == 0
     assert printed_json(capsys)["split"] == "0-4,9-18,18-22"
 
 

@@ -271,3 +271,45 @@ def test_a_recipe_is_a_whole_run(made: Path, tmp_path: Path) -> None:
     stored = TrainConfig(**json_of(tmp_path / "run" / "run.json")["config"])
     assert stored.budget.steps == 2
     assert stored.recurrence.distribution == "uniform"
+
+
+def test_the_quickstart_runs_reuses_and_refuses_to_mix(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("quickstart", "--source", made / "parent", "--output-dir", tmp_path / "quick")
+    few = ("--minutes", 0.0001)
+    assert rondo(*words, *few) == 0
+    first = capsys.readouterr().out
+    assert first.count("    $ rondo ") == 11
+    assert first.count("\n  - ") == 5
+    assert (tmp_path / "quick" / "report" / "report.html").is_file()
+    assert rondo(*words, *few) == 0
+    assert capsys.readouterr().out.count("done before") == 9
+    assert rondo(*words, "--minutes", 5) == 2
+    assert "other settings" in refusal(capsys)
+
+
+def test_a_loss_that_is_none_is_told_as_such(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    edit_weights(tmp_path / "model", lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    words = ("--data", made / "text.txt", "--max-documents", 1, "--output-dir", tmp_path / "eval")
+    assert rondo("eval", tmp_path / "model", *words) == 0
+    assert json_of(tmp_path / "eval" / "results.json")["rows"][0]["value"] is None
+    assert rondo("report", tmp_path / "eval", "--output-dir", tmp_path / "report") == 0
+
+
+def test_depths_beyond_the_cap_are_refused(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(made, tmp_path / "run", "--recurrence.mean", 65) == 2
+    assert "cap of 64" in refusal(capsys)
+    for verb in (("eval", "--output-dir", tmp_path / "eval"), ("generate",)):
+        for depth, message in ((65, "beyond the model's cap of 64"), (0, "greater than or equal")):
+            assert rondo(verb[0], made / "model", *verb[1:], "--recurrences", depth) == 2
+            assert message in refusal(capsys)
+
+
+def test_everything_exported_exists() -> None:
+    import rondo as package
+
+    assert all(getattr(package, name) is not None for name in package.__all__)

@@ -91,7 +91,7 @@ each_preset = pytest.mark.parametrize("preset", PARENTS)
 def paper_costs(preset: str) -> Costs:
     """Costs of the paper's model: its split, its linear injection, its untied head."""
     parent = PARENTS[preset]
-    split = preset_split(preset, parent.num_hidden_layers)
+    split = preset_split(preset, parent.model_type, parent.num_hidden_layers)
     base = cut_config(parent, list(split.layers)) | {"tie_word_embeddings": False}
     prelude, core, coda = split.sizes
     config = RecurrentConfig(

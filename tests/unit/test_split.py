@@ -223,6 +223,7 @@ def test_any_sizes_are_a_split_or_the_users_mistake(depth: int, sizes: Any) -> N
 
 # ---- the paper's layers, method.md 1.2
 
+FAMILY = {"tinyllama-1.1b": "llama", "llama-3.2-1b": "llama", "olmo-2-1b": "olmo2"}
 PAPER = {
     "tinyllama-1.1b": (22, (0, 3), (10, 17), (18, 21), tuple(range(4, 10))),
     "llama-3.2-1b": (16, (0, 3), (6, 11), (12, 15), (4, 5)),
@@ -233,7 +234,7 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_presets_are_the_papers_layers(name: str) -> None:
     depth, *ends, dropped = PAPER[name]
-    split = preset_split(name, depth)
+    split = preset_split(name, FAMILY[name], depth)
     for part, (first, last) in zip((split.prelude, split.core, split.coda), ends, strict=True):
         assert part == tuple(range(first, last + 1))
     assert split.dropped(depth) == dropped
@@ -241,11 +242,16 @@ def test_presets_are_the_papers_layers(name: str) -> None:
     assert split == drop_split(depth, split.sizes)
     for other in (depth - 1, depth + 1):
         with pytest.raises(UserError, match=f"--preset {name} is for {depth} layers"):
-            preset_split(name, other)
+            preset_split(name, FAMILY[name], other)
 
 
 def test_every_preset_is_checked() -> None:
-    assert PRESETS.keys() == PAPER.keys()
+    assert PRESETS.keys() == PAPER.keys() == FAMILY.keys()
+
+
+def test_a_preset_is_for_its_family() -> None:
+    with pytest.raises(UserError, match="of olmo2"):
+        preset_split("olmo-2-1b", "llama", 16)
 
 
 def test_a_users_mistake_is_no_value_error() -> None:

@@ -148,7 +148,7 @@ def test_other_budgets() -> None:
     assert plan_steps(_config(), COSTS, 64) == 100
     assert plan_steps(_config(budget=BudgetConfig(steps=7)), COSTS, 64) == 7
     assert plan_steps(_config(budget=BudgetConfig(tokens=640)), COSTS, 64) == 10
-    with pytest.raises(UserError, match="no run with metrics"):
+    with pytest.raises(UserError, match="no finished run"):
         plan_steps(_config(budget=BudgetConfig(like="/nowhere")), COSTS, 64)
     with pytest.raises(UserError, match="given 2 times"):
         BudgetConfig(steps=1, tokens=2)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rondo.convert.split import Split
+from rondo.convert.split import Split, parse_split
 
 
 def draw_split(split: Split, num_layers: int) -> str:
@@ -16,8 +16,6 @@ def draw_split(split: Split, num_layers: int) -> str:
 
 def model_card(facts: dict[str, Any]) -> str:
     """Return the README.md of a checkpoint, made from its run.json facts."""
-    from rondo.convert.split import parse_split
-
     plan, parent = facts["plan"], facts["parent"]
     split = parse_split(plan["split"], parent["num_layers"])
     depth_rows = "\n".join(

@@ -105,6 +105,7 @@ def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]
     return {
         "used": used,
         "hash": hash_of_digests(written),
+        "in_parent": len(source.files),
         "dropped": list(plan.dropped),
         "tied_or_computed": list(plan.tied),
         "new": sorted(extra),
@@ -173,7 +174,7 @@ def run(config: ConvertConfig) -> None:
         raise UserError("--json prints a plan: add --dry-run, or leave it out")
     if not config.dry_run:
         claim_directory(config.output_dir, config.overwrite, spare=config.source)
-    with open_source(config.source, config.revision, config.trust_remote_code) as source:
+    with open_source(config.source, config.revision) as source:
         plan = make_plan(config, source)
         source.tokenizer_files()
         if config.dry_run and config.json_output:
@@ -182,6 +183,20 @@ def run(config: ConvertConfig) -> None:
         print("\n".join(describe(plan, source)))
         if not config.dry_run:
             write_proved(config, plan, source)
+
+
+def convert_model(source: str, output_dir: str, **settings: Any) -> Path:
+    """Convert a model from Python; the settings are those of `rondo convert`.
+
+    Returns:
+        The directory of the recurrent checkpoint.
+
+    Raises:
+        UserError: Something the user can mend; nothing was written.
+        ProofError: The result does not match the parent; nothing was kept.
+    """
+    run(ConvertConfig(source=source, output_dir=output_dir, **settings))
+    return Path(output_dir)
 
 
 def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
@@ -198,11 +213,13 @@ def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
             "parent": {
                 "name": source.name,
                 "path": parent_path(config.source),
+                "revision": config.revision,
                 "hash": tensors["parent_hash"],
                 "num_layers": plan.num_layers,
             },
             "plan": plan.summary(),
             "tensors": tensors,
+            "imported": source.raven is not None,
             "proof": [check.as_dict() for check in checks],
         }
         write_json(partial / "run.json", record(config, **facts))

@@ -99,16 +99,17 @@ def choose_split(config: ConvertConfig, source: Source) -> tuple[Split, float | 
     if config.preset and config.preset != "paper":
         if config.split is not None or sizes:
             raise UserError(f"--preset {config.preset} fixes the split: leave --split and --sizes")
-        return split.preset_split(config.preset, depth), None
+        return split.preset_split(config.preset, source.config.model_type, depth), None
     kind = config.split
     if kind is None:
         kind = "drop" if config.preset == "paper" else "keep"
     if sizes and kind not in ("keep", "drop", "stride"):
         raise UserError(f"--sizes goes with keep, drop or stride, not with --split {kind}")
     if config.preset == "paper" and config.split is None and not sizes:
-        for name, (layers, published) in split.PRESETS.items():
-            if (layers, source.config.hidden_size) == (depth, 2048) and name in source.name.lower():
-                return split.parse_split(published, depth), None
+        settings = source.config
+        published = split.published_split(settings.model_type, depth, settings.hidden_size)
+        if published is not None:
+            return published, None
     if kind == "keep":
         return split.keep_split(depth, sizes), None
     if kind == "drop":

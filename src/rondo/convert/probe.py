@@ -307,7 +307,7 @@ def run(config: ProbeConfig) -> None:
         UserError: The model cannot be read or looped, or the output exists.
     """
     directory = claim_directory(config.output_dir, config.overwrite, spare=config.source)
-    with open_source(config.source, config.revision, config.trust_remote_code) as source:
+    with open_source(config.source, config.revision) as source:
         found = probe_source(config, source)
     page = describe(found)
     with staged(directory) as partial:

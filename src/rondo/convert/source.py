@@ -31,7 +31,7 @@ from rondo.config import DequantizeConfig
 from rondo.convert import raven
 from rondo.convert.families import skeleton
 from rondo.errors import UserError
-from rondo.provenance import claim_directory, read_json, staged
+from rondo.provenance import claim_directory, read_json, record, staged, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,7 +46,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 # Weights as safetensors only: pickles are not even fetched.
-WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+WANTED_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -88,9 +88,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> Iterator[Source]:
+def open_source(name: str, revision: str | None = None) -> Iterator[Source]:
     """Open a parent; what a GGUF file holds is dequantised into a directory that goes again.
 
     Raises:
@@ -99,14 +97,14 @@ def open_source(
     if name == "smollm2" or name.endswith(".gguf"):
         with tempfile.TemporaryDirectory(prefix="rondo-gguf-") as scratch:
             dequantize(find_gguf(name), Path(scratch))
-            yield read_directory(name, Path(scratch), trust_remote_code)
+            yield read_directory(name, Path(scratch))
         return
     path = Path(name)
     if not path.exists():
         # The family is judged by its config before gigabytes of weights are fetched.
-        check_family(name, download(name, revision, ["config.json"]), trust_remote_code)
+        check_family(name, download(name, revision, ["config.json"]))
         path = download(name, revision, WANTED_FILES)
-    yield read_directory(name, path, trust_remote_code)
+    yield read_directory(name, path)
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -116,7 +114,11 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         UserError: The name is neither a directory nor a model that can be reached.
     """
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
     except HFValidationError as error:
         raise UserError(f"{name} is neither a directory nor a hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -126,13 +128,13 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_directory(name: str, path: Path, trust_remote_code: bool = False) -> Source:
+def read_directory(name: str, path: Path) -> Source:
     """Read config and tensor index of a model directory.
 
     Raises:
         UserError: It is no model directory, its family is unknown, or it has no safetensors.
     """
-    config = check_family(name, path, trust_remote_code)
+    config = check_family(name, path)
     files = _weight_files(name, path)
     if config is not None:
         return Source(name, path, config, files)
@@ -141,7 +143,7 @@ def read_directory(name: str, path: Path, trust_remote_code: bool = False) -> So
     return Source(name, path, config, files, fields)
 
 
-def check_family(name: str, path: Path, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+def check_family(name: str, path: Path) -> PreTrainedConfig | None:
     """Read the config of a parent and refuse, by name, a family that cannot be done.
 
     Returns:
@@ -155,9 +157,7 @@ def check_family(name: str, path: Path, trust_remote_code: bool = False) -> PreT
         raise UserError(f"{name} is not a model directory: it has no config.json")
     if raven.is_raven(read_json(path / "config.json")):
         return None
-    config = _read_config(
-        name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    )
+    config = _read_config(name, lambda: AutoConfig.from_pretrained(path))
     skeleton(config)
     return config
 
@@ -312,4 +312,5 @@ def run_dequantize(config: DequantizeConfig) -> None:
     file = find_gguf(config.source)
     with staged(directory) as partial:
         dequantize(file, partial)
+        write_json(partial / "run.json", record(config, kind="dequantize", file=file.name))
     print(f"wrote {directory}: {file.name}, dequantised to float32")

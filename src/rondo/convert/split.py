@@ -176,23 +176,32 @@ def stride_split(num_layers: int, stride: int, sizes: tuple[int, int, int] | Non
 
 
 # Layer indices of arXiv:2511.07384: explicit in its code for TinyLlama and OLMo 2, by the same
-# rule for Llama 3.2. The number is the parent's depth, by which a wrong parent is noticed.
+# rule for Llama 3.2. Family and depth tell the parent, and a wrong one.
 PRESETS = {
-    "tinyllama-1.1b": (22, "0-4,10-18,18-22"),
-    "llama-3.2-1b": (16, "0-4,6-12,12-16"),
-    "olmo-2-1b": (16, "0-4,6-12,12-16"),
+    "tinyllama-1.1b": ("llama", 22, "0-4,10-18,18-22"),
+    "llama-3.2-1b": ("llama", 16, "0-4,6-12,12-16"),
+    "olmo-2-1b": ("olmo2", 16, "0-4,6-12,12-16"),
 }
 
 
-def preset_split(name: str, num_layers: int) -> Split:
+def preset_split(name: str, family: str, num_layers: int) -> Split:
     """Return the published split of a model.
 
     Raises:
-        UserError: The parent has another depth than the model the preset is for.
+        UserError: The parent is of another family or depth than the model the preset is for.
     """
-    depth, text = PRESETS[name]
-    if num_layers != depth:
+    wanted, depth, text = PRESETS[name]
+    if (family, num_layers) != (wanted, depth):
         raise UserError(
-            f"--preset {name} is for {depth} layers, this parent has {num_layers}: use --split"
+            f"--preset {name} is for {depth} layers of {wanted}, this parent has {num_layers} of "
+            f"{family}: use --split"
         )
     return parse_split(text, num_layers)
+
+
+def published_split(family: str, num_layers: int, width: int) -> Split | None:
+    """Return the paper's split for a parent of this shape, if it used one of this shape."""
+    for wanted, depth, text in PRESETS.values():
+        if (family, num_layers, width) == (wanted, depth, 2048):
+            return parse_split(text, num_layers)
+    return None

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from rondo.config import VerifyConfig
 from rondo.convert import raven
-from rondo.convert.source import Source, open_source, read_tensors, weights_hash
+from rondo.convert.source import Source, open_source, read_shapes, read_tensors, weights_hash
 from rondo.errors import ProofError, UserError
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import read_json
@@ -169,7 +169,9 @@ def _spread(logits: torch.Tensor) -> float:
 
 def fits_in_memory(source: Source) -> bool:
     """Whether the model in float32 fits twice in half of the memory: itself, and a saved copy."""
-    values = sum(tensor.numel() for shard in source.shards() for _, tensor in read_tensors(shard))
+    values = sum(
+        math.prod(shape) for shard in source.shards() for shape in read_shapes(shard).values()
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 2 * 4 * values < memory / 2
 
@@ -190,7 +192,7 @@ def prove(directory: Path, source: Source, tensors: dict[str, Any], seed: int = 
         input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
         return [
             _against_parent(model, source, input_ids, loader),
-            _accounted(loading),
+            _accounted(loading, tensors),
             *_against_itself(model, input_ids, attention_mask),
             *_saved_and_loaded(model, directory, input_ids, loader, Path(scratch) / "saved"),
             _same_weights(
@@ -228,11 +230,12 @@ def _same_weights(name: str, shards: list[Path], known: str) -> Check:
     return Check(name, float(found != known), 0.0, f"sha256 {found[:16]}")
 
 
-def _accounted(loading: dict) -> Check:
+def _accounted(loading: dict, tensors: dict[str, Any]) -> Check:
     unplaced = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    told = tensors["used"] + len(tensors["dropped"]) + len(tensors["tied_or_computed"])
     return Check(
         "every tensor is used once or dropped on purpose",
-        float(len(unplaced)),
+        float(len(unplaced) + abs(tensors["in_parent"] - told)),
         0.0,
         f"unplaced: {', '.join(sorted(unplaced))}" if unplaced else "none left over",
     )
@@ -337,14 +340,18 @@ def run(config: VerifyConfig) -> None:
             f"{config.model} is no output of rondo convert (it is a {facts.get('kind')}): verify "
             "the checkpoint it was trained from"
         )
-    if not {"parent", "tensors"} <= facts.keys() or "hash" not in facts["tensors"]:
+    if (
+        not {"parent", "tensors"} <= facts.keys()
+        or not {"hash", "in_parent"} <= facts["tensors"].keys()
+    ):
         raise UserError(
             f"{directory / 'run.json'} is incomplete or of an older form: convert again"
         )
     parent = config.parent or facts["parent"]["path"]
     if config.parent is None and Path(parent).is_absolute() and not Path(parent).exists():
         raise UserError(f"the parent is no longer at {parent}: say where it is with --parent")
-    with open_source(parent) as source:
+    revision = None if config.parent else facts["parent"].get("revision")
+    with open_source(parent, revision) as source:
         checks = prove(directory, source, facts["tensors"])
     if config.json_output:
         print(json.dumps([check.as_dict() for check in checks], indent=1))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -66,7 +67,7 @@ class Subject:
                     dtype=self.dtype,
                     trust_remote_code=config.trust_remote_code,
                 )
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{config.model} holds no model that can be loaded: {error}") from error
         self.model = model.to(self.device).eval()
         self.costs: Costs = costs_of(self.model) if self.recurrent else costs_of_parent(self.model)
@@ -176,7 +177,13 @@ def document_losses(
         "tokens": sum(counts),
         "bytes": num_bytes,
     }
-    return described, {"tokens": counts, "loss": {str(r): sums[r] for r in sums}}
+    # JSON has no NaN: a loss that is none is null, and a report says so.
+    loss = {str(r): [_finite(total) for total in sums[r]] for r in sums}
+    return described, {"tokens": counts, "loss": loss}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def rows_for(
@@ -190,17 +197,16 @@ def rows_for(
     """Return one row per depth: loss with standard error over documents, beside its costs."""
     rows = []
     for depth in subject.recurrences:
-        losses = found["loss"][str(depth)]
+        losses = [math.nan if one is None else one for one in found["loss"][str(depth)]]
         total = sum(losses)
-        mean = total / described["tokens"]
         rows.append(
             {
                 "dataset": name,
                 "metric": "loss",
                 "num_recurrences": depth,
-                "value": mean,
+                "value": _finite(total / described["tokens"]),
                 "stderr": ratio_stderr(losses, found["tokens"]),
-                "bits_per_byte": total / math.log(2) / described["bytes"],
+                "bits_per_byte": _finite(total / math.log(2) / described["bytes"]),
                 "flops_per_token": subject.costs.forward_flops(depth, seq_len),
                 "kv_bytes_per_token": subject.costs.kv_bytes(
                     depth, torch.empty(0, dtype=subject.dtype).element_size()
@@ -214,10 +220,10 @@ def rows_for(
 def ratio_stderr(losses: Sequence[float], tokens: Sequence[int]) -> float | None:
     """Return the standard error of summed loss over summed tokens, documents being the sample.
 
-    None for a single document, which says nothing about others.
+    None for a single document, which says nothing about others, and for losses that are none.
     """
     n = len(losses)
-    if n < 2:
+    if n < 2 or not math.isfinite(sum(losses)):
         return None
     mean = sum(losses) / sum(tokens)
     residuals = [loss - mean * count for loss, count in zip(losses, tokens, strict=True)]
@@ -228,7 +234,8 @@ def model_facts(subject: Subject, config: EvalConfig) -> dict[str, Any]:
     """Return what a report says about the model, read off its run.json."""
     facts, training = subject.facts, subject.facts.get("training")
     role = training["mode"] if training else "recurrent" if subject.recurrent else "parent"
-    stage = config.stage or ("after" if training else "before")
+    trained = training or facts.get("imported")
+    stage = config.stage or ("after" if trained else "before")
     names = {
         ("recurrent", "before"): "recurrent, untrained",
         ("recurrent", "after"): "recurrent, trained",
@@ -285,7 +292,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "conditions": {
             "command": run["command"],
             "date": run["date"],
-            "device": hardware(config.device),
+            "device": hardware(subject.device.type),
             "dtype": str(subject.dtype).removeprefix("torch."),
             "seq_len": config.seq_len,
             "seed": config.seed,
@@ -312,10 +319,13 @@ def run(config: EvalConfig) -> None:
     print(f"{results['model']['label']} ({config.model}), nats per token")
     print("  text            r      loss    stderr  bits/byte   FLOPs/token   ms/token")
     for row in results["rows"]:
-        stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        value, stderr, bits = (
+            "-" if row[key] is None else f"{row[key]:.4f}"
+            for key in ("value", "stderr", "bits_per_byte")
+        )
         print(
-            f"  {row['dataset']:<14}{row['num_recurrences']:>3}{row['value']:>10.4f}{stderr:>10}"
-            f"{row['bits_per_byte']:>11.4f}{row['flops_per_token']:>14.4g}"
+            f"  {row['dataset']:<14}{row['num_recurrences']:>3}{value:>10}{stderr:>10}"
+            f"{bits:>11}{row['flops_per_token']:>14.4g}"
             f"{row['ms_per_token']:>11.2f}"
         )
     print(f"wrote {config.output_dir}/results.json")

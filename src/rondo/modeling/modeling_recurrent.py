@@ -418,5 +418,6 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         by_row = isinstance(model_kwargs.get("num_recurrences"), torch.Tensor)
-        if by_row and type(model_kwargs.get("past_key_values")) is DynamicCache:
+        cache = model_kwargs.get("past_key_values")
+        if by_row and type(cache) is DynamicCache and not cache.get_seq_length():
             model_kwargs["past_key_values"] = RecurrentCache(self.config)

@@ -9,7 +9,7 @@ import torch
 from rondo.config import TrainConfig
 from rondo.errors import UserError
 from rondo.flops import Costs
-from rondo.training.metrics import read_metrics
+from rondo.provenance import read_json
 from rondo.training.recurrence import (
     Depth,
     backprop_window,
@@ -66,7 +66,10 @@ def micro_batch(
 
 
 def step_flops(config: TrainConfig, costs: Costs, cap: int, step: int, total_steps: int) -> float:
-    """Return the executed training FLOPs of a step, forward and backward, without doing it."""
+    """Return the training FLOPs of a step, forward and backward, without doing it.
+
+    What is computed a second time to save memory (the head's chunks) is not counted.
+    """
     total = 0
     for micro_step in range(config.global_batch_size // config.micro_batch_size):
         batch = micro_batch(config, cap, step, micro_step, total_steps)
@@ -102,10 +105,10 @@ def plan_steps(config: TrainConfig, costs: Costs, cap: int) -> int:
         return max(1, round(budget.tokens / tokens_per_step))
     flops = budget.flops
     if budget.like is not None:
-        rows = read_metrics(Path(budget.like))
-        if not rows:
-            raise UserError(f"--budget.like {budget.like}: there is no run with metrics.jsonl")
-        flops = rows[-1]["train/flops"]
+        finished = Path(budget.like) / "final" / "run.json"
+        if not finished.is_file():
+            raise UserError(f"--budget.like {budget.like}: there is no finished run to match")
+        flops = read_json(finished)["training"]["flops"]
     if flops is None:
         return DEFAULT_STEPS
 

@@ -42,6 +42,10 @@ def save_state(
         directory = run_directory / f"step_{step:06d}"
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
+    except SafetensorError as error:
+        raise UserError(
+            f"cannot save step {step} in {run_directory}: {error}; free some space and resume"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in step_directories(run_directory)[:-keep_last]:

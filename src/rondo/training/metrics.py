@@ -24,7 +24,9 @@ class Metrics:
     def __init__(self, directory: Path, first_step: int, total_steps: int):
         path = directory / FILE
         kept = [row for row in read_metrics(directory) if row["step"] <= first_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        fresh = directory / f".{FILE}"
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc="train", unit="step", disable=None

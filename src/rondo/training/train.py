@@ -11,109 +11,24 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from rondo import provenance
 from rondo.config import TrainConfig, command_line
-from rondo.data import TrainingRows, load_tokenizer, read_documents
 from rondo.errors import UserError
-from rondo.flops import Costs, costs_of, costs_of_parent
-from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.training import checkpoint, losses, optim
-from rondo.training.budget import MicroBatch, micro_batch, plan_steps, step_flops
+from rondo.training.budget import MicroBatch, micro_batch, step_flops
 from rondo.training.metrics import Metrics
+from rondo.training.recurrence import step_generator
+from rondo.training.setup import Progress, Run, setup
 
 # A run whose every step is refused is not saved by patience.
 MAX_SKIPPED_IN_A_ROW = 20
-
-
-@dataclass
-class Progress:
-    """Counters of a run, saved with it."""
-
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-
-
-@dataclass
-class Run:
-    """Everything the loop touches."""
-
-    config: TrainConfig
-    directory: Path
-    model_directory: Path
-    model: Any
-    costs: Costs
-    rows: TrainingRows
-    total_steps: int
-    optimizers: list[torch.optim.Optimizer]
-    device: torch.device
-    dtype: torch.dtype
-    cap: int
-    data: dict[str, Any]
-    progress: Progress = field(default_factory=Progress)
-
-
-def setup(config: TrainConfig) -> Run:
-    """Load model, text and optimizers, and lay out the run.
-
-    Raises:
-        UserError: A directory, the text or a setting does not fit.
-    """
-    directory = Path(config.output_dir)
-    checkpoint_facts = provenance.read_json(Path(config.model) / "run.json")
-    if "parent" not in checkpoint_facts:
-        raise UserError(f"{config.model} is no recurrent checkpoint: make one with rondo convert")
-    device = provenance.choose_device(config.device)
-    dtype = provenance.choose_dtype(config.dtype, device)
-    model_directory = Path(config.model)
-    model: Any
-    if config.mode == "static":
-        model_directory = Path(checkpoint_facts["parent"]["path"])
-        if not (model_directory / "config.json").is_file():
-            raise UserError(
-                f"the static twin needs the parent as a directory, and {model_directory} is none: "
-                "for a GGUF file, convert from the output of rondo dequantize"
-            )
-        model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-        costs, cap = costs_of_parent(model), 1
-    else:
-        model = RecurrentForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-        costs, cap = costs_of(model), model.config.max_recurrences
-    model.to(device).train()
-    documents = read_documents(config.data)
-    tokenizer = load_tokenizer(model_directory)
-    rows = TrainingRows(documents, tokenizer, config.seq_len + 1, config.seed)
-    return Run(
-        config=config,
-        directory=directory,
-        model_directory=model_directory,
-        model=model,
-        costs=costs,
-        rows=rows,
-        total_steps=plan_steps(config, costs, cap),
-        optimizers=optim.make_optimizers(model, config.optimizer),
-        device=device,
-        dtype=dtype,
-        cap=cap,
-        data={
-            "name": documents.name,
-            "path": documents.path,
-            "sha256": documents.sha256,
-            "tokens": rows.num_tokens,
-        },
-    )
 
 
 def micro_loss(
@@ -155,6 +70,9 @@ def train_step(run: Run) -> dict[str, Any]:
     depths = []
     for micro_step in range(num_micro):
         batch = micro_batch(config, run.cap, progress.step, micro_step, run.total_steps)
+        # A parent's dropout draws from torch's own stream, which is thus a function of the step.
+        generator = step_generator(config.seed, progress.step, micro_step)
+        torch.manual_seed(generator.initial_seed())
         first = progress.rows + micro_step * config.micro_batch_size
         loss, last = micro_loss(run, batch, run.rows.batch(first, config.micro_batch_size))
         (loss / num_micro).backward()
@@ -271,6 +189,7 @@ def write_final(run: Run) -> None:
         skipped = path.name.startswith("model") and ".safetensors" in path.name
         if path.is_file() and path.name not in weights and not skipped:
             shutil.copyfile(path, partial / path.name)
+    (partial / "README.md").write_text(model_card(run), encoding="utf-8")
     before = provenance.read_json(Path(run.config.model) / "run.json")
     facts = {
         "kind": "train",
@@ -282,6 +201,17 @@ def write_final(run: Run) -> None:
     provenance.write_json(partial / "run.json", provenance.record(run.config, **facts))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+
+
+def model_card(run: Run) -> str:
+    """Return the README.md of a trained checkpoint."""
+    facts = "\n".join(f"| {key} | {value} |" for key, value in training_facts(run).items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [rondo]\n---\n"
+        f"# Trained from {run.config.model}\n\n| training | |\n|---|---|\n{facts}\n\n"
+        "What depth buys is measured, not assumed: `rondo eval` this directory beside its parent "
+        "and its static twin. Conversion and commands are in `run.json`.\n"
+    )
 
 
 def training_facts(run: Run) -> dict[str, Any]:
@@ -318,6 +248,13 @@ def resumed_config(config: TrainConfig) -> TrainConfig:
         facts = provenance.read_json(given / "run.json")
         if facts.get("kind") == "run":
             stored: dict[str, Any] = facts["config"]
+            asked = config.model_dump(
+                exclude_defaults=True, exclude={"model", "output_dir", "resume"}
+            )
+            if asked:
+                raise UserError(
+                    f"{given} goes on with its own settings: leave out {', '.join(sorted(asked))}"
+                )
             stored |= {"output_dir": str(given), "resume": True}
             return TrainConfig(**stored)
     return config
@@ -359,13 +296,26 @@ def begin(run: Run) -> None:
     """Create or restore the run's directory and state."""
     states = checkpoint.step_directories(run.directory)
     if run.config.resume and states:
+        stored = provenance.read_json(run.directory / "run.json")
+        if stored["data"]["sha256"] != run.data["sha256"]:
+            raise UserError(
+                f"the text {run.data['path']} has changed since {run.directory} was begun: put it "
+                "back, or start anew with --overwrite"
+            )
+        # What was measured or laid out at the start holds to the end.
+        run.total_steps, run.dtype = stored["total_steps"], getattr(torch, stored["dtype"])
         state = checkpoint.load_state(states[-1], run.model, run.optimizers)
         run.progress = Progress(**state)
         print(f"resumed from step {run.progress.step} of {run.total_steps}")
         return
     shutil.rmtree(run.directory, ignore_errors=True)
     run.directory.mkdir(parents=True)
-    facts = {"kind": "run", "data": run.data, "total_steps": run.total_steps}
+    facts = {
+        "kind": "run",
+        "data": run.data,
+        "total_steps": run.total_steps,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
     provenance.write_json(run.directory / "run.json", provenance.record(run.config, **facts))
 
 

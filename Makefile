@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # A lone compute thread per test worker: two fighting over two cores are slower than one each.
 WORKERS ?= 2
-MINUTES ?= 3.5
+MINUTES ?= 3
 
 .PHONY: help install quickstart test test-all lint format docs package clean
 

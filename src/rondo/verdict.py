@@ -176,7 +176,11 @@ def _answer(
 
 def _finite_losses(result: Json, dataset: str) -> dict[int, list[float]]:
     by_depth = result["documents"][dataset]["loss"]
-    return {int(r): losses for r, losses in by_depth.items() if None not in losses}
+    return {
+        int(r): losses
+        for r, losses in by_depth.items()
+        if None not in losses and math.isfinite(sum(losses))
+    }
 
 
 def _flops(result: Json, dataset: str, depth: int) -> float:

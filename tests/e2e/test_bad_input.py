@@ -366,7 +366,7 @@ def test_splits(refused: Callable, good: Path, out: Path, text: str, names: tupl
         (["--stride", "0"], ("stride", "0")),
         (["--num-recurrences", "0"], ("num_recurrences", "0")),
         (["--num-recurrences", "65"], ("65", "64", "--max-recurrences")),
-        (["--max-recurrences", "3"], ("--num-recurrences 4", "3")),
+        (["--max-recurrences", "3", "--num-recurrences", "4"], ("--num-recurrences 4", "3")),
         (["--mixing", "1.5"], ("mixing", "1.5")),
         (["--mixing", "nan"], ("mixing", "nan")),
         (["--mixing", "0.5", "--injection", "add"], ("--mixing",)),

@@ -39,6 +39,8 @@ DEPTHS = [1, 2, 4, 8, 16, 32]
 FILES = {
     "README.md",
     "cache_recurrent.py",
+    "injection_recurrent.py",
+    "inputs_recurrent.py",
     "config.json",
     "configuration_recurrent.py",
     "generation_config.json",
@@ -490,7 +492,7 @@ def test_what_run_json_records(
     assert facts["kind"] == "convert"
     assert facts["command"] == f"rondo convert {llama} '{tmp_path}/my out' --split drop --seed 5"
     assert (facts["config"]["split"], facts["config"]["seed"]) == ("drop", 5)
-    assert facts["config"]["num_recurrences"] == 4
+    assert facts["config"]["num_recurrences"] is None
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["transformers"] == transformers.__version__
     assert datetime.datetime.fromisoformat(facts["date"]).tzinfo is not None

@@ -280,11 +280,11 @@ def test_the_quickstart_runs_reuses_and_refuses_to_mix(
     few = ("--minutes", 0.0001)
     assert rondo(*words, *few) == 0
     first = capsys.readouterr().out
-    assert first.count("    $ rondo ") == 11
+    assert first.count("    $ rondo ") == 10
     assert first.count("\n  - ") == 5
     assert (tmp_path / "quick" / "report" / "report.html").is_file()
     assert rondo(*words, *few) == 0
-    assert capsys.readouterr().out.count("done before") == 9
+    assert capsys.readouterr().out.count("done before") == 8
     assert rondo(*words, "--minutes", 5) == 2
     assert "other settings" in refusal(capsys)
 

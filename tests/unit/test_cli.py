@@ -305,5 +305,5 @@ def test_the_recorded_command_names_only_what_was_chosen() -> None:
 
 @given(st.one_of(converts, trains, evals, reports))
 def test_a_dumped_config_is_a_recipe(settings: config.Config) -> None:
-    text = yaml.safe_dump(json.loads(json.dumps(config.dump(settings))))
+    text = yaml.safe_dump(json.loads(json.dumps(settings.model_dump(mode="json"))))
     assert type(settings)(**yaml.safe_load(text)) == settings

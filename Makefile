@@ -29,8 +29,8 @@ quickstart: install
 lint: install
 	$(BIN)/ruff check --quiet src tests
 	$(BIN)/ruff format --quiet --check src tests
-	$(BIN)/lint-imports --no-logo --quiet
-	$(BIN)/pyrefly check --summary=none
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyrefly check
 	$(BIN)/codespell src docs tests README.md CHANGELOG.md CONTRIBUTING.md
 
 format: install

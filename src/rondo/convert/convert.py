@@ -91,14 +91,17 @@ def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]
             translated = plan.translate(name, tensor)
             used += bool(translated)
             out |= translated
+            # Most tensors only change their name; what is hashed already is not hashed again.
+            for new, value in translated.items():
+                written[new] = digests[name] if value is tensor else tensor_hash(value)
         if number == len(shards):
             out |= extra
+            written |= {name: tensor_hash(tensor) for name, tensor in extra.items()}
         if not out:
             continue
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(out, directory / file)
         weight_map |= dict.fromkeys(out, file)
-        written |= {name: tensor_hash(tensor) for name, tensor in out.items()}
         total += sum(tensor.nbytes for tensor in out.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / "model.safetensors.index.json", index)

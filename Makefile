@@ -27,15 +27,15 @@ quickstart: install
 	$(BIN)/rondo quickstart --minutes $(MINUTES)
 
 lint: install
-	$(BIN)/ruff check --quiet src tests
-	$(BIN)/ruff format --quiet --check src tests
+	$(BIN)/ruff check --quiet src tests benchmarks
+	$(BIN)/ruff format --quiet --check src tests benchmarks
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyrefly check
-	$(BIN)/codespell src docs tests README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src docs tests recipes benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
 format: install
-	$(BIN)/ruff check --quiet --fix src tests
-	$(BIN)/ruff format --quiet src tests
+	$(BIN)/ruff check --quiet --fix src tests benchmarks
+	$(BIN)/ruff format --quiet src tests benchmarks
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

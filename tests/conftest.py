@@ -4,6 +4,7 @@ Every parent has 6 layers. Its weights are drawn wide and its norms and biases m
 neutral values, so that a norm, a factor or a layer in the wrong place shows.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from transformers import (
 from rondo.convert.families import cut_config
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep tokens of test texts out of the user's cache, in subprocesses too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
 
 # Models this small gain nothing from threads, and lose much where several tests run at once.
 torch.set_num_threads(1)

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[type[config.Config], str]] = {
     "probe": (config.ProbeConfig, "rondo.convert.probe:run"),
     "convert": (config.ConvertConfig, "rondo.convert.convert:run"),
     "verify": (config.VerifyConfig, "rondo.convert.verify:run"),
+    "plan": (config.PlanConfig, "rondo.training.plan:run"),
     "train": (config.TrainConfig, "rondo.training.train:run"),
     "eval": (config.EvalConfig, "rondo.evaluation.evaluate:run"),
     "report": (config.ReportConfig, "rondo.report:run"),

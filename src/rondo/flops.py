@@ -9,7 +9,7 @@ perform no matrix product and are not counted; nor is the optimizer's work.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
 from torch import nn
@@ -49,18 +49,29 @@ class Costs:
     kv_width: int
     """Key/value heads times head dimension, in one layer."""
 
+    delta_parameters: int = 0
+    """Parameters of the core's per-iteration deltas; `core_parameters` are what iterations share,
+    `core_matmul` counts one iteration's."""
+    num_delta_iterations: int = 1
+
     @property
     def total_parameters(self) -> int:
         """Stored parameters, each shared one counted once."""
         return (
             self.prelude_parameters
             + self.core_parameters
+            + self.delta_parameters
             + self.coda_parameters
             + self.injection_parameters
             + self.norm_parameters
             + self.embedding_parameters
             + self.head_parameters
         )
+
+    @property
+    def iteration_parameters(self) -> int:
+        """Parameters of the core that a token meets in one iteration."""
+        return self.core_parameters + self.delta_parameters // self.num_delta_iterations
 
     def effective_depth(self, num_recurrences: int) -> int:
         """Layers a token passes."""
@@ -71,7 +82,9 @@ class Costs:
     def effective_parameters(self, num_recurrences: int) -> int:
         """Layer parameters a token meets, the core's once per iteration (the paper's measure)."""
         return (
-            self.prelude_parameters + num_recurrences * self.core_parameters + self.coda_parameters
+            self.prelude_parameters
+            + num_recurrences * self.iteration_parameters
+            + self.coda_parameters
         )
 
     def paper_forward_flops(self, num_recurrences: int) -> int:
@@ -84,7 +97,7 @@ class Costs:
         Six per parameter met with gradient, two per parameter met without.
         """
         with_gradient = self.effective_parameters(min(mean, window))
-        without_gradient = max(0, mean - window) * self.core_parameters
+        without_gradient = max(0, mean - window) * self.iteration_parameters
         return 6 * with_gradient + 2 * without_gradient
 
     def iteration_flops(self, seq_len: int) -> int:
@@ -191,7 +204,7 @@ def costs_of(model: Any) -> Costs:
     The weights of experts count in `*_matmul` by the share of them that a token meets.
     """
     body, base = model.model, model.config.base_config
-    return _count(
+    costs = _count(
         model,
         base,
         body.prelude,
@@ -199,6 +212,18 @@ def costs_of(model: Any) -> Costs:
         body.coda,
         sum(parameter.numel() for parameter in body.injection.parameters()),
         body.injection.weight.numel() if body.injection.kind == "linear" else 0,
+    )
+    delta_parameters = sum(
+        parameter.numel()
+        for layer in body.core
+        for name, parameter in layer.named_parameters()
+        if ".delta_" in name
+    )
+    return replace(
+        costs,
+        core_parameters=costs.core_parameters - delta_parameters,
+        delta_parameters=delta_parameters,
+        num_delta_iterations=model.config.num_delta_iterations or 1,
     )
 
 
@@ -249,8 +274,10 @@ def _parameters(modules: Iterable[nn.Module]) -> int:
 def _matmul_weights(layers: Iterable[nn.Module], config: Any) -> int:
     total = 0
     for layer in layers:
-        for parameter in layer.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in layer.named_parameters():
+            if ".delta_" in name:  # stacked, of which one iteration uses one; vectors add only
+                total += parameter[0].numel() if parameter.dim() == 3 else 0
+            elif parameter.dim() == 2:
                 total += parameter.numel()
             elif parameter.dim() == 3:  # experts, stacked
                 total += parameter.numel() * config.num_experts_per_tok // parameter.shape[0]

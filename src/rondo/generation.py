@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from rondo.config import GenerateConfig
 from rondo.data import encode, load_tokenizer, pad_token
 from rondo.errors import UserError
 from rondo.flops import costs_of
+from rondo.loading import load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import choose_device, choose_dtype, read_json
 
@@ -27,12 +27,7 @@ def load_recurrent(path: str, dtype: str, device: str) -> Any:
     if kind != "rondo":
         raise UserError(f"{path} is a {kind} model, not a recurrent one: convert it first")
     where = choose_device(device)
-    try:
-        model: Any = RecurrentForCausalLM.from_pretrained(
-            directory, dtype=choose_dtype(dtype, where)
-        )
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} holds no model that can be loaded: {error}") from error
+    model = load_model(RecurrentForCausalLM, directory, choose_dtype(dtype, where))
     return model.to(where).eval()
 
 

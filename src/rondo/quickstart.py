@@ -193,7 +193,8 @@ def run(config: QuickstartConfig) -> None:
         print(f"\n[{number}] {step.title}\n    $ {command}", flush=True)
         start = time.perf_counter()
         code = cli.main(shlex.split(command)[1:])
-        if code == 130:
+        stopped = code == 0 and step.product is not None and not step.done
+        if code == 130 or stopped:
             print(f"the next `{command_line(config)}` goes on from here")
             raise KeyboardInterrupt
         if code:

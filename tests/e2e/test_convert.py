@@ -31,14 +31,16 @@ from tiny import (
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from rondo.convert import convert
+from rondo.convert import convert, verify
 from rondo.convert.split import parse_split
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 IDS = torch.arange(40, 60).reshape(2, 10) * 4 % VOCAB
 DEPTHS = [1, 2, 4, 8, 16, 32]
 FILES = {
     "README.md",
     "cache_recurrent.py",
+    "deltas_recurrent.py",
     "injection_recurrent.py",
     "inputs_recurrent.py",
     "config.json",
@@ -312,6 +314,200 @@ def test_the_papers_preset_knows_the_papers_models(
     narrow = save_parent(tmp_path / "narrow", "llama", num_hidden_layers=22)
     assert rondo("convert", narrow, "--preset", "paper", "--dry-run", "--json") == 0
     assert printed_json(capsys)["split"] == "0-4,9-18,18-22"
+
+
+# ---- deltas
+
+IN_ORDER = "--split stride --delta-target in-order --delta-rank"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_full_rank_in_order_gives_the_parent_back(
+    parents: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    assert rondo("convert", parents[family], tmp_path / "out", *IN_ORDER.split(), WIDTH) == 0
+    assert json_of(tmp_path / "out" / "config.json")["source_layers"] == [0, 1, 3, 5]
+    theirs = logits(parents[family])
+    ours = logits(tmp_path / "out", num_recurrences=2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # Its first iteration is the first half of the range, 1 and 2.
+    parent = AutoModelForCausalLM.from_pretrained(parents[family], dtype=torch.float32)
+    parent.model.layers = nn.ModuleList(parent.model.layers[index] for index in (0, 1, 2, 5))
+    with torch.inference_mode():
+        half = parent(IDS, use_cache=False).logits
+    once = logits(tmp_path / "out", num_recurrences=1)
+    torch.testing.assert_close(once, half, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, logits(tmp_path / "out", num_recurrences=3), atol=1e-2)
+
+
+def test_a_stride_of_three_runs_in_order_in_three_iterations(tmp_path: Path) -> None:
+    parent = save_parent(tmp_path / "parent", num_hidden_layers=8)
+    words = [*IN_ORDER.split(), WIDTH, "--stride", 3, "--sizes", "1,6,1"]
+    assert rondo("convert", parent, tmp_path / "out", *words) == 0
+    ours = logits(tmp_path / "out", num_recurrences=3)
+    torch.testing.assert_close(ours, logits(parent), rtol=1e-4, atol=1e-4)
+    assert rondo("verify", tmp_path / "out") == 0
+
+
+def test_by_group_one_iteration_needs_no_deltas(llama: Path, tmp_path: Path) -> None:
+    words = ("--split", "stride")
+    assert rondo("convert", llama, tmp_path / "with", *words, "--delta-rank", 4) == 0
+    assert rondo("convert", llama, tmp_path / "without", *words) == 0
+    ours, theirs = (logits(tmp_path / name, num_recurrences=1) for name in ("with", "without"))
+    assert torch.equal(ours, theirs)
+    plan = json_of(tmp_path / "with" / "run.json")["plan"]
+    assert plan["mixing"] == 1.0
+    assert plan["deltas"]["targets"] == [[1, 3], [2, 4]]
+    assert plan["deltas"]["fit_error"][0] == [0.0, 0.0]
+    assert json_of(tmp_path / "without" / "run.json")["plan"]["deltas"] is None
+
+
+def test_where_nothing_is_replaced_deltas_start_as_no_difference(
+    llama: Path, tmp_path: Path
+) -> None:
+    words = ("--sizes", "1,2,3")
+    assert rondo("convert", llama, tmp_path / "without", *words) == 0
+    more = ("--delta-rank", 3, "--delta-iterations", 3)
+    assert rondo("convert", llama, tmp_path / "with", *words, *more) == 0
+    plain, ours = (
+        RecurrentForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("without", "with")
+    )
+    assert ours.config.num_delta_iterations == 3
+    ids = torch.arange(3, 20)[None]
+    for depth in (1, 2, 5):
+        assert torch.equal(
+            plain(ids, num_recurrences=depth).logits, ours(ids, num_recurrences=depth).logits
+        )
+    tensors = weights_of(tmp_path / "with")
+    stem = "model.layers.2.mlp.up_proj.delta_"
+    assert not tensors[f"{stem}up"].any()
+    # Drawn, and for each iteration and layer anew.
+    down = tensors[f"{stem}down"]
+    assert down.shape[:2] == (3, 3)
+    assert down.flatten(1).unique(dim=0).shape[0] == 3
+    assert json_of(tmp_path / "with" / "run.json")["plan"]["mixing"] == 0.25
+
+
+def test_what_deltas_are_stored(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert rondo("convert", llama, out, *IN_ORDER.split(), 4) == 0
+    told = capsys.readouterr().out
+    old, new, facts = weights_of(llama), weights_of(out), json_of(out / "run.json")
+    # Core layer 3, stored second, stands for 2 and then for 4.
+    name = "mlp.down_proj"
+    up, down = (new[f"model.layers.2.{name}.delta_{part}"] for part in ("up", "down"))
+    assert (up.shape, down.shape) == ((2, WIDTH, 4), (2, 4, 48))
+    shared = f"model.layers.3.{name}.weight"
+    for iteration, index in enumerate((2, 4)):
+        difference = old[f"model.layers.{index}.{name}.weight"] - old[shared]
+        values = torch.linalg.svdvals(difference)
+        missed = torch.linalg.matrix_norm(difference - up[iteration] @ down[iteration])
+        torch.testing.assert_close(missed, values[4:].norm(), rtol=1e-4, atol=1e-5)
+    norm = "post_attention_layernorm"
+    assert torch.equal(
+        new[f"model.layers.2.{norm}.delta_weight"][1],
+        old[f"model.layers.4.{norm}.weight"] - old[f"model.layers.3.{norm}.weight"],
+    )
+    stored = {name for name in new if ".delta_" in name}
+    tensors, plan = facts["tensors"], facts["plan"]
+    assert set(tensors["new"]) == stored | {"model.injection.mixing"}
+    assert tensors["dropped"] == []
+    assert {int(name.split(".")[2]) for name in tensors["fitted"]} == {2, 4}
+    assert tensors["used"] + len(tensors["fitted"]) == len(old)
+    assert plan["parameters"]["deltas"] == sum(new[name].numel() for name in stored)
+    assert plan["parameters"]["total"] == sum(tensor.numel() for tensor in new.values())
+    (first, unlike), last = plan["deltas"]["fit_error"]
+    assert first == 0.0
+    assert all(0.5 < error < 1 for error in (unlike, *last))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for line in (f"iteration 1, layers 1-3: 0.000 {unlike:.3f}", "iteration 2, layers 3-5: "):
+        assert line in told
+        assert line in card
+    assert {"deltas_recurrent.py"} <= {path.name for path in out.iterdir()}
+
+
+def test_deltas_of_a_sharded_parent_in_bfloat16(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    parent_model("llama").to(torch.bfloat16).save_pretrained(parent, max_shard_size="30KB")
+    byte_tokenizer().save_pretrained(parent)
+    assert rondo("convert", parent, tmp_path / "out", *IN_ORDER.split(), WIDTH) == 0
+    assert {one.dtype for one in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
+    ours, theirs = logits(tmp_path / "out", num_recurrences=2), logits(parent)
+    assert float((ours - theirs).std() / theirs.std()) < 0.05
+    assert rondo("verify", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("injection", ["mix", "linear", "add"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_deltas_are_proved_with_any_start(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, injection: str, resident: bool
+) -> None:
+    monkeypatch.setattr(verify, "fits_in_memory", lambda _: resident)
+    words = ["--split", "stride", "--delta-rank", 4, "--injection", injection]
+    words += ["--state-init", "normal"]
+    assert rondo("convert", llama, tmp_path / "out", *words) == 0
+    assert rondo("verify", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        (CORE_WEIGHT, "r = 1 equals the parent's layers"),
+        ("model.layers.1.mlp.up_proj.delta_up", "as near to the replaced layers"),
+        ("model.layers.1.input_layernorm.delta_weight", "the checkpoint's weights"),
+    ],
+)
+def test_verify_notices_altered_deltas(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, check: str
+) -> None:
+    assert rondo("convert", llama, tmp_path / "out", *IN_ORDER.split(), WIDTH) == 0
+    edit_weights(tmp_path / "out", nudge(name, 0.3))
+    capsys.readouterr()
+    assert rondo("verify", tmp_path / "out") == 1
+    assert check in refusal(capsys)
+
+
+def test_deltas_against_another_parent(
+    llama: Path, parents: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rondo("convert", llama, tmp_path / "out", *IN_ORDER.split(), 4) == 0
+    capsys.readouterr()
+    assert rondo("verify", tmp_path / "out", "--parent", parents["qwen3"]) == 1
+    assert "the parent's weights are those converted" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--delta-iterations 2", "--delta-rank"),
+        ("--split drop --delta-rank 4 --delta-target group", "--split stride"),
+        ("--split stride --delta-rank 4 --delta-iterations 3", "leave it out"),
+        ("--split stride --delta-rank 33", "33 is beyond 32"),
+        ("--split stride --stride 3 --delta-rank 4", "divides"),
+        ("--split stride --stride 1 --delta-rank 4", "at least 2"),
+        ("--split stride --delta-target group", "--delta-rank"),
+        ("--stride 3", "--split stride"),
+        ("--split keep --stride 3", "--split stride"),
+        ("--probe somewhere", "--split auto"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, named: str
+) -> None:
+    assert rondo("convert", llama, tmp_path / "out", *words.split()) == 2
+    assert named in refusal(capsys)
+    assert tree(tmp_path) == {}
+
+
+def test_deltas_cannot_change_the_kind_of_a_layer(
+    parents: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--split", "stride", "--delta-rank", 4)
+    assert rondo("convert", parents["gemma3_text"], tmp_path / "out", *words) == 2
+    assert "layer_types" in refusal(capsys)
 
 
 # ---- dry run

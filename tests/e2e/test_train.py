@@ -12,10 +12,17 @@ import torch
 from tiny import edit_weights, json_of, refusal, rondo, save_parent, weights_of
 
 from rondo.config import TrainConfig
+from rondo.data import held_out_rows, load_tokenizer
+from rondo.loading import load_model
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.training import train
+from rondo.training.metrics import read_metrics
 
 TEXT = "\n\n".join(f"line {number} of a text that repeats itself" for number in range(120))
-FAST = ("--seq-len", 16, "--micro-batch-size", 2, "--global-batch-size", 4, "--optimizer.lr", 1e-3)
+FAST = (
+    "--batch.seq-len", 16, "--batch.micro-batch-size", 2, "--batch.global-batch-size", 4,
+    "--optimizer.lr", 1e-3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +36,54 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(made: Path, out: Path, *flags: object) -> int:
     return rondo(
-        "train", made / "model", "--data", made / "text.txt", "--output-dir", out, *FAST, *flags
+        "train",
+        made / "model",
+        "--data.sources",
+        made / "text.txt",
+        "--output-dir",
+        out,
+        *FAST,
+        *flags,
     )
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        row.pop("perf/seconds")
-        row.pop("perf/tokens_per_s")
-    return rows
+    """The steps of a run, without what depends on the machine's speed."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")}
+        for row in read_metrics(out)
+        if "event" not in row
+    ]
 
 
-@pytest.mark.parametrize("flags", [(), ("--loss", "deep", "--optimizer.name", "muon")])
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [
+        (signal.SIGINT, ()),
+        (signal.SIGTERM, ("--loss.kind", "deep", "--optimizer.name", "muon")),
+        (signal.SIGTERM, ("--data.streaming", "--optimizer.ema-decay", 0.9)),
+        (signal.SIGTERM, ("--lora.rank", 2, "--recurrence.draws-per-step", 2)),
+    ],
+)
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
-    made: Path, tmp_path: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    made: Path,
+    tmp_path: Path,
+    number: int,
+    flags: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    common = ("--budget.steps", 8, "--save-every", 3, *flags)
+    common = ("--budget.steps", 8, "--safety.save-every", 3, *flags)
     assert run(made, tmp_path / "whole", *common) == 0
     step = train.train_step
 
-    def interrupted(this: train.Run) -> dict[str, Any]:
-        found = step(this)
-        if this.progress.step == 5:
-            signal.raise_signal(signal.SIGINT)
-        return found
+    def interrupted(this: train.Run, wishes: list[int]) -> Any:
+        if this.progress.step == 4:
+            signal.raise_signal(number)
+        return step(this, wishes)
 
     monkeypatch.setattr(train, "train_step", interrupted)
-    assert run(made, tmp_path / "halves", *common) == 130
+    assert run(made, tmp_path / "halves", *common) == 0
+    assert not (tmp_path / "halves" / "final").exists()
     assert (tmp_path / "halves" / "step_000005").is_dir()
     monkeypatch.setattr(train, "train_step", step)
     assert rondo("train", tmp_path / "halves", "--resume") == 0
@@ -69,14 +96,14 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
 def test_a_killed_run_loses_no_more_than_since_the_last_save(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ("--budget.steps", 6, "--save-every", 2)
+    common = ("--budget.steps", 6, "--safety.save-every", 2)
     assert run(made, tmp_path / "whole", *common) == 0
     step = train.train_step
 
-    def dies(this: train.Run) -> dict[str, Any]:
+    def dies(this: train.Run, wishes: list[int]) -> Any:
         if this.progress.step == 5:
             raise RuntimeError("power cut")
-        return step(this)
+        return step(this, wishes)
 
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -136,26 +163,211 @@ def test_at_one_iteration_the_recurrent_model_trains_as_its_static_twin_does(
 def test_accumulation_gives_the_gradient_of_the_whole_batch(made: Path, tmp_path: Path) -> None:
     fixed = ("--recurrence.distribution", "fixed", "--recurrence.mean", 2, "--budget.steps", 3)
     assert run(made, tmp_path / "two", *fixed) == 0
-    assert run(made, tmp_path / "one", *fixed, "--micro-batch-size", 4) == 0
+    assert run(made, tmp_path / "one", *fixed, "--batch.micro-batch-size", 4) == 0
     for two, one in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
         assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)
 
 
+def poison(monkeypatch: pytest.MonkeyPatch, value: float, rows: range) -> None:
+    """Make the loss of steps that begin at these rows of the stream `value` times what it is."""
+    whole = train.gradients
+
+    def poisoned(this: train.Run, *arguments: Any) -> Any:
+        (objective, *others), stop = whole(this, *arguments)
+        return [objective * (value if this.progress.rows in rows else 1), *others], stop
+
+    monkeypatch.setattr(train, "gradients", poisoned)
+
+
 def test_a_non_finite_step_never_reaches_the_weights(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = train.micro_loss
-
-    def poisoned(*arguments: Any) -> Any:
-        objective, last = loss(*arguments)
-        return objective * math.nan, last
-
-    monkeypatch.setattr(train, "micro_loss", poisoned)
+    poison(monkeypatch, math.nan, range(10**9))
     assert run(made, tmp_path / "run", "--budget.steps", 40) == 2
-    assert "20 steps in a row" in capsys.readouterr().err
-    assert all(row["train/skipped"] for row in metrics(tmp_path / "run"))
+    assert "5 steps in a row were skipped" in capsys.readouterr().err
+    assert [row["train/skipped"] for row in metrics(tmp_path / "run")] == ["non-finite"] * 5
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_one_bad_step_is_skipped(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, math.inf, range(8, 9))
+    assert run(made, tmp_path / "run", "--budget.steps", 6) == 0
+    rows = metrics(tmp_path / "run")
+    assert [row["train/skipped"] for row in rows] == [False, False, "non-finite", *[False] * 3]
+    assert rows[2]["train/objective"] == "inf"
+    assert json_of(tmp_path / "run/final/run.json")["training"]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, 50.0])
+def test_repeated_bad_steps_roll_back_and_go_on_with_later_text(
+    made: Path,
+    tmp_path: Path,
+    value: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Bad text from row 160 to row 171: three steps of four rows.
+    poison(monkeypatch, value, range(160, 172))
+    flags = ("--safety.patience", 3, "--safety.save-every", 38, "--safety.spike-factor", 3)
+    assert run(made, tmp_path / "run", "--budget.steps", 45, *flags) == 0
+    assert "rollback" in capsys.readouterr().err
+    events = [row for row in read_metrics(tmp_path / "run") if "event" in row]
+    assert [(row["event"], row["step"], row["skipped_to_row"]) for row in events] == [
+        ("rollback", 38, 172)
+    ]
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 46))
+    assert not any(row["train/skipped"] for row in rows)
+    facts = json_of(tmp_path / "run/final/run.json")["training"]
+    assert (facts["rollbacks"], facts["skipped_steps"]) == (1, 3)
+    # What was spent is counted, what was thrown away too.
+    assert facts["tokens"] == (45 + 5) * 4 * 16
+
+
+def test_a_run_that_only_rolls_back_gives_up(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, math.nan, range(8, 10**9))
+    flags = ("--safety.patience", 2, "--safety.save-every", 2, "--safety.max-rollbacks", 2)
+    assert run(made, tmp_path / "run", "--budget.steps", 30, *flags) == 2
+    assert "after 2 rollbacks" in capsys.readouterr().err
+    assert (tmp_path / "run" / "step_000002").is_dir()
+
+
+def test_checkpointed_activations_change_nothing(made: Path, tmp_path: Path) -> None:
+    common = ("--budget.steps", 3, "--loss.kind", "deep", "--recurrence.mean", 5)
+    found = {}
+    for kind in ("none", "iteration", "all"):
+        out = tmp_path / kind
+        assert run(made, out, *common, "--machine.activation-checkpointing", kind) == 0
+        found[kind] = metrics(out)
+    assert found["none"] == found["iteration"] == found["all"]
+
+
+def test_one_recipe_trains_the_twins(made: Path, tmp_path: Path) -> None:
+    for mode in ("recurrent", "static", "random"):
+        out = tmp_path / mode
+        assert run(made, out, "--budget.steps", 3, "--mode", mode, "--loss.kind", "deep") == 0
+        assert json_of(out / "final/run.json")["training"]["mode"] == mode
+    first = {mode: metrics(tmp_path / mode)[0]["train/loss"] for mode in ("recurrent", "random")}
+    # Random weights know nothing: the loss is about that of guessing.
+    assert abs(first["random"] - math.log(260)) < 0.5
+    ours, random = (weights_of(tmp_path / mode / "final") for mode in ("recurrent", "random"))
+    assert ours.keys() == random.keys()
+
+
+def test_validation_measures_each_depth_and_the_loop(made: Path, tmp_path: Path) -> None:
+    flags = ("--watch.data", made / "text.txt", "--watch.every", 2, "--watch.recurrences", 1, 3, 99)
+    assert run(made, tmp_path / "run", "--budget.steps", 5, *flags) == 0
+    rows = metrics(tmp_path / "run")
+    measured = [row for row in rows if "val/loss@r1" in row]
+    assert [row["step"] for row in measured] == [2, 4, 5]
+    assert all(math.isfinite(row[f"val/loss@r{r}"]) for row in measured for r in (1, 3, 64))
+    assert measured[0]["val/loss@r1"] > measured[-1]["val/loss@r1"]
+    assert all("loop/gain" in row for row in measured)
+    assert run(made, tmp_path / "twin", "--budget.steps", 2, "--mode", "static", *flags) == 0
+    (row,) = (row for row in metrics(tmp_path / "twin") if "val/loss@r1" in row)
+    assert "val/loss@r3" not in row
+    assert "loop/gain" not in row
+
+
+def test_the_same_tokens_in_short_sequences_first(made: Path, tmp_path: Path) -> None:
+    flags = ("--batch.seq-schedule", "doubling", "--batch.seq-schedule-start", 8)
+    assert run(made, tmp_path / "run", "--budget.steps", 4, *flags) == 0
+    assert run(made, tmp_path / "plain", "--budget.steps", 4) == 0
+    rows, plain = metrics(tmp_path / "run"), metrics(tmp_path / "plain")
+    assert [row["train/seq_len"] for row in rows] == [8, 8, 16, 16]
+    assert [row["train/tokens"] for row in rows] == [row["train/tokens"] for row in plain]
+    assert rows[0]["train/flops"] < plain[0]["train/flops"]
+
+
+def test_the_average_of_the_weights_is_what_is_written(made: Path, tmp_path: Path) -> None:
+    for decay in (0.0, 0.9):
+        out = tmp_path / str(decay)
+        assert run(made, out, "--budget.steps", 6, "--optimizer.ema-decay", decay) == 0
+    plain, averaged = (weights_of(tmp_path / one / "final") for one in ("0.0", "0.9"))
+    start, name = weights_of(made / "model"), "model.layers.3.mlp.up_proj.weight"
+    moved = [(weights[name] - start[name]).norm() for weights in (plain, averaged)]
+    assert 0 < moved[1] < 0.7 * moved[0]
+
+
+def test_adapters_are_folded_into_what_is_written(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ("--lora.rank", 2, "--watch.data", made / "text.txt", "--optimizer.lr", 1e-2)
+    assert run(made, out, "--budget.steps", 6, *flags, "--watch.recurrences", 2) == 0
+    before, after = weights_of(made / "model"), weights_of(out / "final")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in changed)
+    assert "model.injection.mixing" in changed
+    assert not any("norm" in name or "embed" in name for name in changed)
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+    # The model that was written is the one that was measured last.
+    model = load_model(RecurrentForCausalLM, out / "final", torch.float32)
+    config = TrainConfig(**json_of(out / "run.json")["config"])
+    rows = held_out_rows(str(made / "text.txt"), config.data, load_tokenizer(out / "final"), 16, 16)
+    with torch.no_grad():
+        logits = model(rows.input_ids, num_recurrences=2).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels.flatten())
+    assert metrics(out)[-1]["val/loss@r2"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_a_parent_teaches(made: Path, tmp_path: Path) -> None:
+    flags = ("--loss.kind", "deep+distil", "--loss.shallow", "first", "--budget.steps", 3)
+    assert run(made, tmp_path / "alone", *flags) == 0
+    parent = ("--loss.parent-weight", 0.5)
+    assert run(made, tmp_path / "taught", *flags, *parent) == 0
+    alone, taught = metrics(tmp_path / "alone"), metrics(tmp_path / "taught")
+    assert alone[0]["train/loss"] == taught[0]["train/loss"]
+    assert alone[0]["train/objective"] != taught[0]["train/objective"]
+    assert alone[0]["train/flops"] < taught[0]["train/flops"]
+
+
+def test_prompts_and_answers_are_trained_on_answers_alone(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    rows = ({"question": f"What is {n} + 1?", "answer": f"It is {n + 1}."} for n in range(60))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data.loss-on", "answers", "--data.packing", "documents", "--budget.steps", 3)
+    assert run(made, tmp_path / "run", *flags, "--data.sources", file) == 0
+    assert math.isfinite(metrics(tmp_path / "run")[-1]["train/loss"])
+
+
+def test_settings_of_the_machine_may_change_when_a_run_goes_on(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, step = tmp_path / "run", train.train_step
+
+    def stops(this: train.Run, wishes: list[int]) -> Any:
+        return step(this, [signal.SIGTERM])
+
+    monkeypatch.setattr(train, "train_step", stops)
+    assert run(made, out, "--budget.steps", 2) == 0
+    monkeypatch.setattr(train, "train_step", step)
+    capsys.readouterr()
+    assert rondo("train", out, "--resume", "--optimizer.lr", 1) == 2
+    assert "leave out optimizer.lr" in refusal(capsys)
+    other = ("--batch.micro-batch-size", 1, "--machine.activation-checkpointing", "iteration")
+    assert rondo("train", out, "--resume", *other) == 0
+    assert len(metrics(out)) == 2
+    assert (out / "final" / "run.json").is_file()
+
+
+def test_text_that_changed_is_not_gone_on_with(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, out, step = tmp_path / "text.txt", tmp_path / "run", train.train_step
+    text.write_text(TEXT)
+    monkeypatch.setattr(train, "train_step", lambda this, _: step(this, [signal.SIGTERM]))
+    assert run(made, out, "--budget.steps", 2, "--data.sources", text) == 0
+    monkeypatch.setattr(train, "train_step", step)
+    text.write_text(TEXT + " and more")
+    capsys.readouterr()
+    assert rondo("train", out, "--resume") == 2
+    assert "has changed since" in refusal(capsys)
 
 
 def test_resuming_with_other_settings_is_refused_by_name(
@@ -174,11 +386,11 @@ def test_resuming_with_other_settings_is_refused_by_name(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--data", "nowhere.jsonl"), "there is no text nowhere.jsonl"),
-        (("--seq-len", 100_000), "too few for one sequence"),
-        (("--micro-batch-size", 3), "no multiple of"),
+        (("--data.sources", "nowhere.jsonl"), "there is no text nowhere.jsonl"),
+        (("--batch.seq-len", 100_000), "too few for one sequence"),
+        (("--batch.global-batch-size", 3), "no multiple of"),
         (("--recurrence.minimum", 9), "out of order"),
-        (("--device", "cuda:7"), "cannot be used here"),
+        (("--machine.device", "cuda:7"), "cannot be used here"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -200,16 +412,26 @@ def test_a_plain_model_cannot_be_trained(
     assert "run.json" in refusal(capsys) or "recurrent" in refusal(capsys)
 
 
-def test_a_damaged_state_is_named(
+def test_a_damaged_state_is_passed_over(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(made, tmp_path / "run", "--budget.steps", 4, "--save-every", 2) == 0
-    shutil.rmtree(tmp_path / "run" / "final")
-    state = tmp_path / "run" / "step_000004" / "weights.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
+    out = tmp_path / "run"
+    assert run(made, out, "--budget.steps", 4, "--safety.save-every", 2) == 0
+    whole = metrics(out)
+    shutil.rmtree(out / "final")
+    (shard,) = (out / "step_000004").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
     capsys.readouterr()
-    assert rondo("train", tmp_path / "run", "--resume") == 2
-    assert "step_000004 is damaged" in refusal(capsys)
+    assert rondo("train", out, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "step_000004, which is damaged" in said
+    assert "resumed from step 2 of 4" in said
+    assert metrics(out) == whole
+    shutil.rmtree(out / "final")
+    for shard in out.glob("step_*/*.safetensors"):
+        shard.write_bytes(b"")
+    assert rondo("train", out, "--resume") == 2
+    assert "every saved state" in capsys.readouterr().err
 
 
 def test_evaluation_tells_trained_from_untrained_and_twin(made: Path, tmp_path: Path) -> None:
@@ -264,8 +486,9 @@ def test_altered_weights_change_the_loss(made: Path, tmp_path: Path) -> None:
 def test_a_recipe_is_a_whole_run(made: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "train.yaml"
     recipe.write_text(
-        f"model: {made / 'model'}\ndata: {made / 'text.txt'}\noutput_dir: {tmp_path / 'run'}\n"
-        "seq_len: 16\nbudget: {steps: 3}\nrecurrence: {distribution: uniform, mean: 2}\n"
+        f"model: {made / 'model'}\ndata: {{sources: [{made / 'text.txt'}]}}\n"
+        f"output_dir: {tmp_path / 'run'}\n"
+        "batch: {seq_len: 16}\nbudget: {steps: 3}\nrecurrence: {distribution: uniform, mean: 2}\n"
     )
     assert rondo("train", recipe, "--budget.steps", 2) == 0
     stored = TrainConfig(**json_of(tmp_path / "run" / "run.json")["config"])

@@ -211,7 +211,22 @@ def test_flags_are_checked_together_with_the_recipe(recipe: Any) -> None:
     with pytest.raises(UserError, match=r"minimum 4, mean 3"):
         parse(config.TrainConfig, path, "--recurrence.minimum", "4")
     with pytest.raises(UserError, match=r"no multiple"):
-        parse(config.TrainConfig, path, "--micro-batch-size", "3")
+        parse(config.TrainConfig, path, "--recurrence.draws-per-step", "3")
+
+
+def test_a_recipe_states_what_differs_from_another(recipe: Any, tmp_path: Path) -> None:
+    base = Path(recipe(model="m", recurrence={"mean": 3, "cap": 9}, budget={"steps": 5}))
+    twin = tmp_path / "twin.yaml"
+    twin.write_text(f"extends: {base.name}\nmode: static\nrecurrence: {{cap: 7}}\n")
+    settings = parse(config.TrainConfig, str(twin))
+    assert (settings.model, settings.mode, settings.budget.steps) == ("m", "static", 5)
+    assert (settings.recurrence.mean, settings.recurrence.cap) == (3, 7)
+    twin.write_text("extends: twin.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        parse(config.TrainConfig, str(twin))
+    twin.write_text("extends: nothing.yaml\n")
+    with pytest.raises(UserError, match=r"cannot read the recipe .*nothing\.yaml"):
+        parse(config.TrainConfig, str(twin))
 
 
 def test_a_number_in_yaml_without_a_point(recipe: Any, tmp_path: Path) -> None:
@@ -259,7 +274,14 @@ trains = st.builds(
     config.TrainConfig,
     model=paths,
     output_dir=paths,
-    loss=st.sampled_from(["last", "deep"]),
+    loss=st.builds(config.LossConfig, kind=st.sampled_from(["last", "deep", "deep+distil"])),
+    data=st.builds(
+        config.DataConfig,
+        sources=st.lists(paths, min_size=1, max_size=3).map(tuple),
+        phases=st.sampled_from([(), ("0.5: general@3 math", "1: math")]),
+        streaming=st.booleans(),
+    ),
+    watch=st.builds(config.WatchConfig, telemetry=st.booleans(), data=st.none() | paths),
     recurrence=st.builds(
         config.RecurrenceConfig, mean=st.integers(1, 9), cap=st.none() | st.integers(1, 9)
     ),

@@ -3,40 +3,31 @@
 import gzip
 import hashlib
 import json
-from collections import Counter
+import sys
 from pathlib import Path
-from typing import Any
 
+import datasets
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from conftest import BOS, EOS, byte_tokenizer
 from rondo import data
 from rondo.errors import UserError
 
-EOS = 1
+TOKENIZER = byte_tokenizer()
 documents = st.lists(st.lists(st.integers(2, 99), max_size=12), max_size=12)
-
-
-def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    pieces = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", **special)
-
-
-TOKENIZER = byte_tokenizer(eos_token="<eos>")
 
 
 def write(path: Path, content: str | bytes) -> Path:
     """Write a file, packed where its name says so."""
     raw = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(raw))
     return path
 
 
@@ -58,7 +49,7 @@ def test_samples_for_training_and_for_measuring_do_not_overlap() -> None:
         assert not set(train.texts) & set(held_out.texts)
 
 
-@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
 def test_json_lines(tmp_path: Path, packed: str) -> None:
     rows = [
         {"text": "one\n\ntwo"},
@@ -79,7 +70,7 @@ def test_json_lines(tmp_path: Path, packed: str) -> None:
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
 @pytest.mark.parametrize(
     "content",
     [
@@ -136,6 +127,9 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("number.jsonl", "5", "line 1 has neither"),
         ("half.jsonl", '{"text": "a"}\n{"question": "q"}', "line 2 has neither"),
         ("typed.jsonl", '{"text": 5}', "line 1 has neither"),
+        ("half.jsonl", r'{"text": "\ud83d"}', "line 1 is no JSON"),
+        ("a.parquet", "PAR1 and more", "cannot read"),
+        ("empty.jsonl.zst", "", "holds no text"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
@@ -146,29 +140,111 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, told: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda raw: b"no gzip at all",
-        lambda raw: raw[: len(raw) // 2],
-        lambda raw: raw[:10] + b"\xff" * 40,
-        lambda raw: raw[:-8] + bytes(8),
-    ],
-    ids=["other", "cut", "garbled", "checksum"],
-)
-def test_damaged_gzip(tmp_path: Path, damage: Any) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(damage(gzip.compress(b'{"text": "hello"}\n' * 40)))
+DAMAGES = {
+    "other": lambda raw: b"not packed at all",
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "garbled": lambda raw: raw[:10] + b"\xff" * 40,
+    "checksum": lambda raw: raw[:-8] + bytes(8),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_damaged_archives(tmp_path: Path, packed: str, damage: str) -> None:
+    rows = "".join(json.dumps({"text": hashlib.sha256(bytes([n])).hexdigest()}) for n in range(99))
+    path = write(tmp_path / f"a.jsonl{packed}", rows)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(UserError, match="cannot read"):
         data.read_documents(str(path))
 
 
-@pytest.mark.parametrize("spec", ["maths", "", "=", "name=none.txt", "{tmp}", "{tmp}/none.jsonl"])
-def test_no_such_text(tmp_path: Path, spec: str) -> None:
-    spec = spec.format(tmp=tmp_path)
-    with pytest.raises(UserError, match=r"there is no text .*math-test") as caught:
+@pytest.mark.parametrize("cut", [0, 100])
+def test_parquet(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"row {number}" for number in range(600)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(600)}), path)
+    if not cut:
+        assert data.read_documents(str(path)).texts == tuple(texts)
+        return
+    raw = path.read_bytes()
+    path.write_bytes(raw[:8] + bytes(cut) + raw[8 + cut :])
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        data.read_documents(str(path))
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt.gz", "a.jsonl", "c.txt"):
+        write(tmp_path / "all" / name, name if "txt" in name else json.dumps({"text": name}))
+    write(tmp_path / "all" / ".hidden.txt", "no")
+    write(tmp_path / "all" / "README.md", "no")
+    write(tmp_path / "all" / "sub" / "d.txt", "no")
+    found = data.read_documents(f"{tmp_path}/all/")
+    assert (found.name, found.texts) == ("all", ("a.jsonl", "b.txt.gz", "c.txt"))
+    (tmp_path / "all" / "c.txt").rename(tmp_path / "all" / "d.txt")
+    moved = data.read_documents(f"{tmp_path}/all/")
+    assert (moved.texts, moved.sha256 == found.sha256) == (found.texts, False)
+    write(tmp_path / "all" / "d.txt", "C.txt")
+    assert data.read_documents(f"{tmp_path}/all/").sha256 != moved.sha256
+
+
+def test_a_folder_without_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the folder {tmp_path} holds no"):
+        data.read_documents(str(tmp_path))
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dataset(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.jsonl", '{"text": "a"}\n{"text": "b"}')
+    write(tmp_path / "set" / "test.jsonl", '{"text": "c"}')
+    where = f"hub:{tmp_path}/set"
+    found = data.read_documents(where)
+    assert (found.name, found.path, found.texts) == ("set", where, ("a", "b"))
+    assert found.sha256
+    assert data.read_documents(f"it={where}:default:test").texts == ("c",)
+    assert data.read_documents(f"it={where}::test").name == "it"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("hub:", "does not name a dataset"),
+        ("hub:a:b:c:d", "does not name a dataset"),
+        ("hub:{tmp}/none", "cannot read hub:.*none"),
+        ("hub:{tmp}:other", "cannot read .*other"),
+        ("hub:{tmp}::valid", "cannot read .*valid"),
+        ("hub:{tmp}::bad", "cannot read"),
+    ],
+)
+def test_datasets_that_cannot_be_read(tmp_path: Path, spec: str, told: str) -> None:
+    write(tmp_path / "train.jsonl", '{"text": "a"}')
+    write(tmp_path / "bad.jsonl", "no JSON")
+    with pytest.raises(UserError, match=told) as caught:
+        data.read_documents(spec.format(tmp=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst", "hub:a/b"])
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    spec = name if name.startswith("hub:") else str(write(tmp_path / name, "x"))
+    with pytest.raises(UserError, match=r'pip install "rondo-lm\[data\]"'):
         data.read_documents(spec)
-    assert spec in str(caught.value)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "-0.5"])
+def test_weights_are_positive(weight: str) -> None:
+    with pytest.raises(UserError, match=f"the weight of math@{weight} must be positive"):
+        data.read_documents(f"math@{weight}")
 
 
 # ---- the tokenizer
@@ -188,12 +264,21 @@ def test_load_tokenizer(tmp_path: Path) -> None:
 def test_encode_adds_no_special_tokens() -> None:
     assert data.encode(TOKENIZER, "") == []
     assert len(data.encode(TOKENIZER, "x" * 300)) == 300
+    assert BOS not in data.encode(TOKENIZER, "x")
 
 
 def test_separator() -> None:
     assert data.separator_of(TOKENIZER) == EOS
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
     with pytest.raises(UserError, match="eos_token"):
-        data.separator_of(byte_tokenizer())
+        data.separator_of(tokenizer)
+
+
+def test_a_tokenizer_beyond_the_model_is_refused() -> None:
+    data.check_tokenizer(TOKENIZER, 264)
+    with pytest.raises(UserError, match=r"ids up to 263.*263 tokens"):
+        data.check_tokenizer(TOKENIZER, 263)
 
 
 # ---- packing
@@ -229,97 +314,3 @@ def test_batches_hold_every_list_once(token_lists: list[list[int]], batch_size: 
         seen += chosen
     assert sorted(seen) == list(range(len(token_lists)))
     assert lengths == sorted(lengths)
-
-
-# ---- the training stream
-
-
-def make_documents(texts: list[str]) -> data.Documents:
-    return data.Documents("name", "some/path", "0" * 64, tuple(texts))
-
-
-TEXTS = [f"document {index} " + "x" * (7 * index % 23) for index in range(25)]
-
-
-def training_rows(row_len: int = 16, seed: int = 0) -> data.TrainingRows:
-    return data.TrainingRows(make_documents(TEXTS), TOKENIZER, row_len, seed)
-
-
-def test_a_row_is_a_function_of_its_index() -> None:
-    rows = training_rows()
-    count = 3 * rows.rows_per_epoch
-    forward = [rows[index] for index in range(count)]
-    assert all(row.shape == (16,) for row in forward)
-    # Backwards in one instance, at random in another, alone in a third.
-    assert all(torch.equal(rows[index], forward[index]) for index in reversed(range(count)))
-    other = training_rows()
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(3)).tolist()
-    assert all(torch.equal(other[index], forward[index]) for index in order)
-    assert torch.equal(training_rows()[count - 1], forward[count - 1])
-
-
-def test_the_global_random_state_neither_matters_nor_moves() -> None:
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = training_rows().batch(0, 40)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert torch.equal(training_rows().batch(0, 40), first)
-
-
-@given(st.integers(0, 120), st.integers(1, 40))
-def test_a_batch_is_its_items(first: int, size: int) -> None:
-    rows, other = training_rows(), training_rows()
-    batch = rows.batch(first, size)
-    assert batch.shape == (size, 16)
-    assert torch.equal(batch, torch.stack([other[index] for index in range(first, first + size)]))
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-def test_the_stream_does_not_depend_on_the_batch_size(sizes: list[int]) -> None:
-    rows, taken, pieces = training_rows(), 0, []
-    for size in sizes:
-        pieces.append(rows.batch(taken, size))
-        taken += size
-    assert torch.equal(torch.cat(pieces), training_rows().batch(0, taken))
-
-
-def documents_of(rows: data.TrainingRows, epoch: int) -> list[str]:
-    """The documents that lie whole within an epoch's rows, in order."""
-    start = epoch * rows.rows_per_epoch
-    stream = rows.batch(start, rows.rows_per_epoch).flatten().tolist()
-    whole = stream[: len(stream) - stream[::-1].index(EOS)]
-    return TOKENIZER.decode(whole).split("<eos>")[:-1]
-
-
-def test_each_epoch_holds_every_document_once_up_to_the_tail() -> None:
-    rows = training_rows()
-    tail = rows.num_tokens - rows.rows_per_epoch * 16
-    assert 0 <= tail < 16
-    orders = [documents_of(rows, epoch) for epoch in range(4)]
-    for order in orders:
-        assert max(Counter(order).values()) == 1
-        lost = set(TEXTS) - set(order)
-        assert set(order) <= set(TEXTS)
-        assert sum(len(text) + 1 for text in lost) < tail + max(map(len, TEXTS)) + 1
-        assert len(lost) <= tail
-    assert len({tuple(order) for order in orders}) == 4
-
-
-def test_the_seed_changes_the_order() -> None:
-    assert documents_of(training_rows(seed=0), 0) != documents_of(training_rows(seed=1), 0)
-    assert documents_of(training_rows(seed=0), 1) != documents_of(training_rows(seed=1), 0)
-
-
-def test_counts() -> None:
-    rows = training_rows(row_len=10)
-    assert rows.num_tokens == sum(len(text) + 1 for text in TEXTS)
-    assert rows.rows_per_epoch == rows.num_tokens // 10
-
-
-def test_one_row_is_enough_and_less_is_refused() -> None:
-    rows = data.TrainingRows(make_documents(["abc"]), TOKENIZER, 4, 0)
-    assert rows.rows_per_epoch == 1
-    assert rows[0].tolist() == rows[5].tolist() == [*data.encode(TOKENIZER, "abc"), EOS]
-    with pytest.raises(UserError, match=r"some/path holds 4 tokens.*sequence of 5.*--seq-len"):
-        data.TrainingRows(make_documents(["abc"]), TOKENIZER, 5, 0)

@@ -1,8 +1,9 @@
 """The model card: what was done to the parent, drawn and told."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from rondo.convert.split import Split, parse_split
+from rondo.convert.split import Split, format_indices, parse_split
 
 
 def draw_split(split: Split, num_layers: int) -> str:
@@ -14,6 +15,17 @@ def draw_split(split: Split, num_layers: int) -> str:
     return f"[{''.join(marks)}]  P prelude, C core (loops), E coda (ends), . dropped"
 
 
+def fit_lines(deltas: dict[str, Any]) -> Iterator[str]:
+    """Yield how near the deltas of each iteration come to the layers that they stand for."""
+    yield (
+        f"deltas of rank {deltas['rank']} for {deltas['num_iterations']} iterations; what they "
+        "miss of the difference of the parent's layers from the shared ones (Frobenius):"
+    )
+    for number, layers in enumerate(deltas["targets"], 1):
+        errors = " ".join(f"{error:.3f}" for error in deltas["fit_error"][number - 1])
+        yield f"  iteration {number}, layers {format_indices(tuple(layers))}: {errors}"
+
+
 def model_card(facts: dict[str, Any]) -> str:
     """Return the README.md of a checkpoint, made from its run.json facts."""
     plan, parent = facts["plan"], facts["parent"]
@@ -23,6 +35,10 @@ def model_card(facts: dict[str, Any]) -> str:
         f"{row['forward_flops_per_token']:.4g} | {row['kv_bytes_per_token']:,} |"
         for row in plan["depths"]
     )
+    deltas = (
+        "".join(f"\n    {line}" for line in fit_lines(plan["deltas"])) if plan["deltas"] else ""
+    )
+    apart = ", but for the low-rank deltas of each iteration" if deltas else ""
     proof_rows = "\n".join(
         f"| {check['name']} | {check['measured']} | {'passed' if check['passed'] else 'FAILED'} |"
         for check in facts["proof"]
@@ -34,9 +50,9 @@ tags: [depth-recurrent, rondo]
 ---
 # A depth-recurrent model made from {parent["name"]}
 
-    {draw_split(split, parent["num_layers"])}
+    {draw_split(split, parent["num_layers"])}{deltas}
 
-The prelude runs once, the core `num_recurrences` times with the same weights, the coda once.
+The prelude runs once, the core `num_recurrences` times with the same weights{apart}, the coda once.
 Injection `{plan["injection"]}`, initial state `{plan["state_init"]}`,
 {plan["parameters"]["total"]:,} parameters.
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -27,6 +25,7 @@ from rondo.convert.source import (
     open_source,
     read_tensors,
     tensor_hash,
+    write_tensors,
 )
 from rondo.errors import UserError
 from rondo.modeling.injection_recurrent import Injection
@@ -40,6 +39,7 @@ AUTO_MAP = {
 MODELING_FILES = (
     "configuration_recurrent.py",
     "cache_recurrent.py",
+    "deltas_recurrent.py",
     "injection_recurrent.py",
     "inputs_recurrent.py",
     "modeling_recurrent.py",
@@ -47,7 +47,7 @@ MODELING_FILES = (
 
 
 def new_tensors(plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the injection's start, the only weights a plain parent does not have."""
+    """Return the injection's start and the deltas, which are all that a plain parent lacks."""
     injection = Injection(plan.model)
     if plan.mixing is not None:
         injection.initialize(plan.mixing)
@@ -61,7 +61,7 @@ def new_tensors(plan: Plan) -> dict[str, torch.Tensor]:
     return {
         f"model.injection.{name}": tensor.detach().to(dtype).contiguous()
         for name, tensor in injection.state_dict().items()
-    }
+    } | (plan.deltas.tensors if plan.deltas else {})
 
 
 def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]:
@@ -82,11 +82,7 @@ def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]
     for number, shard in enumerate(tqdm(shards, desc="convert", unit="file", disable=None), 1):
         out: dict[str, torch.Tensor] = {}
         for name, tensor in read_tensors(shard):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise UserError(
-                    f"{source.name}: tensor {name} in {shard.name} holds NaN or infinity; such "
-                    "weights cannot be converted"
-                )
+            source.check_finite(name, tensor)
             digests[name] = tensor_hash(tensor)
             translated = plan.translate(name, tensor)
             used += bool(translated)
@@ -110,33 +106,11 @@ def write_weights(plan: Plan, source: Source, directory: Path) -> dict[str, Any]
         "hash": hash_of_digests(written),
         "in_parent": len(source.files),
         "dropped": list(plan.dropped),
+        "fitted": list(plan.fitted),
         "tied_or_computed": list(plan.tied),
         "new": sorted(extra),
         "parent_hash": hash_of_digests(digests),
     }
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write one weight file.
-
-    Raises:
-        UserError: The disk is full or the file cannot be written.
-    """
-    # The file format refuses shared storage; an untied copy shares until it is written.
-    storages: set[int] = set()
-    own = {}
-    for name, tensor in tensors.items():
-        shared = tensor.data_ptr() in storages
-        storages.add(tensor.data_ptr())
-        own[name] = tensor.clone() if shared else tensor.contiguous()
-    try:
-        save_file(own, path, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {path.name} beside {path.parent.parent}: {error}; nothing was kept, "
-            "free some space and run the command again"
-        ) from error
-    path.chmod(0o644)
 
 
 def write_model(plan: Plan, source: Source, directory: Path) -> dict[str, Any]:
@@ -178,8 +152,8 @@ def run(config: ConvertConfig) -> None:
     if not config.dry_run:
         claim_directory(config.output_dir, config.overwrite, spare=config.source)
     with open_source(config.source, config.revision) as source:
-        plan = make_plan(config, source)
         source.tokenizer_files()
+        plan = make_plan(config, source)
         if config.dry_run and config.json_output:
             print(json.dumps(plan.summary(), indent=1))
             return
@@ -206,12 +180,7 @@ def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
     """Write beside the place, prove, then put in place; on any failure leave nothing."""
     with staged(config.output_dir) as partial:
         tensors = write_model(plan, source, partial)
-        print("prove: comparing with the parent", file=sys.stderr)
-        checks = verify.prove(partial, source, tensors, config.seed)
-        for check in checks:
-            print(check.line())
-        verify.raise_if_failed(checks, "; nothing was kept")
-        facts = {
+        facts: dict[str, Any] = {
             "kind": "convert",
             "parent": {
                 "name": source.name,
@@ -223,8 +192,13 @@ def write_proved(config: ConvertConfig, plan: Plan, source: Source) -> None:
             "plan": plan.summary(),
             "tensors": tensors,
             "imported": source.raven is not None,
-            "proof": [check.as_dict() for check in checks],
         }
+        print("prove: comparing with the parent", file=sys.stderr)
+        checks = verify.prove(partial, source, facts, config.seed)
+        for check in checks:
+            print(check.line())
+        verify.raise_if_failed(checks, "; nothing was kept")
+        facts["proof"] = [check.as_dict() for check in checks]
         write_json(partial / "run.json", record(config, **facts))
         (partial / "README.md").write_text(card.model_card(facts), encoding="utf-8")
     print(f"wrote {config.output_dir}: {len(checks)} checks passed")

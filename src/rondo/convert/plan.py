@@ -8,6 +8,7 @@ import torch
 
 from rondo.config import ConvertConfig
 from rondo.convert import card, probe, raven, split
+from rondo.convert.deltas import Deltas, check_rank, check_targets, choose_targets, fit
 from rondo.convert.families import cut_config, skeleton
 from rondo.convert.source import Source, read_shapes
 from rondo.convert.split import Split
@@ -19,6 +20,8 @@ from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 DEFAULT_DEPTH = 4
+DEFAULT_STRIDE = 2
+DEFAULT_DELTA_ITERATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class Plan:
         seed: Seed of a random injection.
         translate: Turns a parent tensor into new ones by name; into none where it is not used.
         dropped: Parent tensors of layers that no part uses.
+        fitted: Parent tensors of layers that are there by the deltas only.
         tied: Parent tensors that merely repeat the embedding and are not stored again.
         costs: Parameters and costs by part.
+        deltas: What sets the iterations apart, where they do not share all.
     """
 
     split: Split
@@ -44,8 +49,10 @@ class Plan:
     seed: int
     translate: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
     dropped: tuple[str, ...]
+    fitted: tuple[str, ...]
     tied: tuple[str, ...]
     costs: Costs
+    deltas: Deltas | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -61,6 +68,7 @@ class Plan:
             "parameters": {
                 "prelude": costs.prelude_parameters,
                 "core": costs.core_parameters,
+                "deltas": costs.delta_parameters,
                 "coda": costs.coda_parameters,
                 "injection": costs.injection_parameters,
                 "norm": costs.norm_parameters,
@@ -68,6 +76,14 @@ class Plan:
                 "head": costs.head_parameters,
                 "total": costs.total_parameters,
             },
+            "deltas": {
+                "rank": self.model.delta_rank,
+                "num_iterations": self.model.num_delta_iterations,
+                "targets": self.deltas.targets,
+                "fit_error": self.deltas.errors,
+            }
+            if self.deltas
+            else None,
             "depths": [
                 {
                     "num_recurrences": r,
@@ -96,6 +112,14 @@ def choose_split(config: ConvertConfig, source: Source) -> tuple[Split, float | 
     """
     depth = source.config.num_hidden_layers
     sizes = split.parse_sizes(config.sizes) if config.sizes is not None else None
+    for name, kind in (("stride", "stride"), ("delta_target", "stride"), ("probe", "auto")):
+        if getattr(config, name) and config.split != kind:
+            raise UserError(f"--{name.replace('_', '-')} goes with --split {kind}: add it")
+    for name in ("delta_target", "delta_iterations"):
+        if getattr(config, name) and not config.delta_rank:
+            raise UserError(f"--{name.replace('_', '-')} goes with --delta-rank: add it")
+    if config.delta_iterations and config.split == "stride":
+        raise UserError("--delta-iterations is the stride with --split stride: leave it out")
     if config.preset and config.preset != "paper":
         if config.split is not None or sizes:
             raise UserError(f"--preset {config.preset} fixes the split: leave --split and --sizes")
@@ -115,7 +139,7 @@ def choose_split(config: ConvertConfig, source: Source) -> tuple[Split, float | 
     if kind == "drop":
         return split.drop_split(depth, sizes), None
     if kind == "stride":
-        return split.stride_split(depth, config.stride, sizes), None
+        return split.stride_split(depth, config.stride or DEFAULT_STRIDE, sizes), None
     if kind == "auto":
         choice = probe.choice_for(config, source)
         return split.parse_split(choice["split"], depth), choice["mixing"]
@@ -157,11 +181,18 @@ def make_plan(config: ConvertConfig, source: Source) -> Plan:
         state_init=state_init,
         num_recurrences=default_depth(config, DEFAULT_DEPTH),
         max_recurrences=config.max_recurrences,
+        delta_rank=config.delta_rank,
+        num_delta_iterations=num_delta_iterations(config),
         architectures=["RecurrentForCausalLM"],
         dtype=source.config.dtype,
     )
     names, dropped, repeated = map_tensors(source, parent, chosen, bool(tied))
-    start = None if random or injection == "add" else DEFAULT_MIXING if mixing is None else mixing
+    fitted = bool(config.delta_rank) and config.split == "stride"
+    # With fitted deltas the iterations continue each other, as the layers they stand for did.
+    usual = 1.0 if fitted else DEFAULT_MIXING
+    start = None if random or injection == "add" else usual if mixing is None else mixing
+    recurrent = on_meta(model)
+    deltas = plan_deltas(config, source, chosen, recurrent) if config.delta_rank else None
     return Plan(
         chosen,
         source.config.num_hidden_layers,
@@ -169,10 +200,39 @@ def make_plan(config: ConvertConfig, source: Source) -> Plan:
         start,
         config.seed,
         lambda name, tensor: dict.fromkeys(names.get(name, ()), tensor),
-        dropped,
+        () if fitted else dropped,
+        dropped if fitted else (),
         repeated,
-        meta_costs(model),
+        costs_of(recurrent),
+        deltas,
     )
+
+
+def plan_deltas(
+    config: ConvertConfig, source: Source, chosen: Split, recurrent: RecurrentForCausalLM
+) -> Deltas:
+    """Fit the deltas, once it is clear that they can be had.
+
+    Raises:
+        UserError: They cannot, or the parent's weights cannot be read.
+    """
+    core, count = recurrent.model.core, recurrent.config.num_delta_iterations
+    check_rank(config.delta_rank, core)
+    if config.split == "stride":
+        targets = choose_targets(chosen.core, count, config.delta_target == "in-order")
+        check_targets(targets, chosen, source.config)
+    else:
+        targets = [list(chosen.core)] * count
+    return fit(source, recurrent.config, core, targets, config.seed)
+
+
+def num_delta_iterations(config: ConvertConfig) -> int:
+    """Return how many sets of deltas there are."""
+    if not config.delta_rank:
+        return 0
+    if config.split == "stride":
+        return config.stride or DEFAULT_STRIDE
+    return config.delta_iterations or DEFAULT_DELTA_ITERATIONS
 
 
 def default_depth(config: ConvertConfig, usual: int) -> int:
@@ -191,10 +251,10 @@ def default_depth(config: ConvertConfig, usual: int) -> int:
     return config.num_recurrences
 
 
-def meta_costs(config: RecurrentConfig) -> Costs:
-    """Return parameters and costs of a model, from its config alone."""
+def on_meta(config: RecurrentConfig) -> RecurrentForCausalLM:
+    """Return a model without memory for its weights."""
     with torch.device("meta"):
-        return costs_of(RecurrentForCausalLM(config))
+        return RecurrentForCausalLM(config)
 
 
 def plan_import(config: ConvertConfig, source: Source) -> Plan:
@@ -204,8 +264,9 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
         UserError: A setting would change what the checkpoint is.
     """
     fields: Any = source.raven
-    changing = ("split", "sizes", "preset", "injection", "state_init", "mixing")
+    changing = ("split", "sizes", "stride", "preset", "injection", "state_init", "mixing", "probe")
     given = [name for name in changing if getattr(config, name) is not None]
+    given += ["delta_rank"] if config.delta_rank else []
     if given or config.random_injection or config.untie:
         raise UserError(
             f"{source.name} is recurrent already and is imported as it is: leave "
@@ -234,8 +295,9 @@ def plan_import(config: ConvertConfig, source: Source) -> Plan:
         config.seed,
         lambda name, tensor: raven.translate(fields, source.files, name, tensor),
         (),
+        (),
         unused,
-        meta_costs(model),
+        costs_of(on_meta(model)),
     )
 
 
@@ -311,6 +373,8 @@ def describe(plan: Plan, source: Source) -> Iterator[str]:
     if facts["injection"] == "add":
         start = "no weights"
     yield f"injection {facts['injection']} ({start}), initial state {facts['state_init']}"
+    if facts["deltas"]:
+        yield from card.fit_lines(facts["deltas"])
     yield ""
     for part, count in facts["parameters"].items():
         yield f"  {part:<10}{count:>16,} parameters"

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,6 +73,33 @@ class Source:
     def shards(self) -> list[Path]:
         """Return the weight files, each once, in order."""
         return sorted(set(self.files.values()))
+
+    def layer_tensor(self, index: int, name: str) -> torch.Tensor:
+        """Read a tensor of a layer by its name within the layer.
+
+        Raises:
+            UserError: It is not there, cannot be read, or holds NaN or infinity.
+        """
+        ending = f"layers.{index}.{name}"
+        stored = next((one for one in self.files if one.endswith(ending)), None)
+        if stored is None:
+            raise UserError(f"{self.name} has no tensor {ending}")
+        with _opened(self.files[stored]) as file:
+            tensor = file.get_tensor(stored)
+        self.check_finite(stored, tensor)
+        return tensor
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse weights that no model could run with.
+
+        Raises:
+            UserError: The tensor holds NaN or infinity.
+        """
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{self.name}: tensor {name} in {self.files[name].name} holds NaN or infinity; "
+                "such weights cannot be converted"
+            )
 
     def tokenizer_files(self) -> list[Path]:
         """Return the tokenizer's files.
@@ -204,6 +233,12 @@ def read_tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
+def parse_layer(name: str) -> tuple[str, int, str]:
+    """Split a tensor's name into what precedes the layers, the layer (-1: none), and the rest."""
+    match = re.fullmatch(r"(.*?)layers\.(\d+)\.(.+)", name)
+    return (match[1], int(match[2]), match[3]) if match else ("", -1, name)
+
+
 def read_shapes(shard: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of a weight file, from its header alone.
 
@@ -212,6 +247,29 @@ def read_shapes(shard: Path) -> dict[str, tuple[int, ...]]:
     """
     with _opened(shard) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one weight file.
+
+    Raises:
+        UserError: The disk is full or the file cannot be written.
+    """
+    # The file format refuses shared storage; an untied copy shares until it is written.
+    storages: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        shared = tensor.data_ptr() in storages
+        storages.add(tensor.data_ptr())
+        own[name] = tensor.clone() if shared else tensor.contiguous()
+    try:
+        save_file(own, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {path.name} beside {path.parent.parent}: {error}; nothing was kept, "
+            "free some space and run the command again"
+        ) from error
+    path.chmod(0o644)
 
 
 @contextlib.contextmanager

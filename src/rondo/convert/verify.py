@@ -7,6 +7,7 @@ so its masks, positions and per-layer settings stay those of the original indice
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rondo.config import VerifyConfig
-from rondo.convert import raven
+from rondo.convert import deltas, raven
 from rondo.convert.source import Source, open_source, read_shapes, read_tensors, weights_hash
 from rondo.errors import ProofError, UserError
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
@@ -29,6 +30,8 @@ from rondo.provenance import read_json
 # relative to their spread.
 TOLERANCE = 2e-4
 DEPTHS = (1, 2, 3)
+# How far the fit of deltas may be from what was told, relative to what they stand for.
+FIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,11 @@ class Loader:
 
 @torch.no_grad()
 def parent_logits(
-    source: Source, model: RecurrentForCausalLM, input_ids: torch.Tensor, loader: Loader
+    source: Source,
+    model: RecurrentForCausalLM,
+    own: dict[str, torch.Tensor],
+    input_ids: torch.Tensor,
+    loader: Loader,
 ) -> torch.Tensor:
     """Run the parent over the kept layers only, (B, T, V).
 
@@ -124,7 +131,7 @@ def parent_logits(
             layer.register_forward_hook(_skip, with_kwargs=True)
     core = layers[kept[model.config.num_prelude_layers]]
     if not _starts_from_inputs(model):
-        core.register_forward_pre_hook(_FirstInjection(model), with_kwargs=True)
+        core.register_forward_pre_hook(_Injections(model, own), with_kwargs=True)
     return parent(input_ids, use_cache=False).logits
 
 
@@ -138,25 +145,39 @@ def _starts_from_inputs(model: RecurrentForCausalLM) -> bool:
     return (kind, start) in {("mix", "input"), ("add", "zeros")}
 
 
-class _FirstInjection:
-    """inject(s_0, e) recomputed from the formula, as a hook before the first core layer."""
+class _Injections:
+    """inject(s, e) recomputed from the formula, as a hook before the first layer of iterations."""
 
-    def __init__(self, model: RecurrentForCausalLM):
-        self.model = model
+    def __init__(self, model: RecurrentForCausalLM, own: dict[str, torch.Tensor]):
+        self.body = model.model
+        self.own = own
+        self.e: torch.Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        e = args[0]
-        body, width = self.model.model, args[0].shape[-1]
-        positions = torch.arange(e.shape[1])[None]
-        s = body.initial_state(e, positions, 0)
-        if body.config.injection == "mix":
-            mixed = (1 - body.injection.mixing) * e + body.injection.mixing * s
-        elif body.config.injection == "add":
-            mixed = e + s
+        s = args[0]
+        if self.e is None:
+            self.e = s
+            s = self.body.initial_state(s, torch.arange(s.shape[1])[None], 0)
+        if self.body.config.injection == "mix":
+            mixing = self.own["model.injection.mixing"].float()
+            mixed = (1 - mixing) * self.e + mixing * s
+        elif self.body.config.injection == "add":
+            mixed = self.e + s
         else:
-            on_state, on_inputs = body.injection.weight.split(width, dim=1)
-            mixed = s @ on_state.T + e @ on_inputs.T
+            weight = self.own["model.injection.weight"].float()
+            on_state, on_inputs = weight.split(s.shape[-1], dim=1)
+            mixed = s @ on_state.T + self.e @ on_inputs.T
         return (mixed, *args[1:]), kwargs
+
+
+def _own_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Read what the parent lacks, the injection and the deltas, as it lies in the files."""
+    return {
+        name: tensor
+        for shard in sorted(directory.glob("*.safetensors"))
+        for name, tensor in read_tensors(shard)
+        if name.startswith("model.injection.") or ".delta_" in name
+    }
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -177,8 +198,19 @@ def fits_in_memory(source: Source) -> bool:
 
 
 @torch.no_grad()
-def prove(directory: Path, source: Source, tensors: dict[str, Any], seed: int = 0) -> list[Check]:
-    """Run every check of a converted checkpoint against its parent, in float32."""
+def prove(directory: Path, source: Source, facts: dict[str, Any], seed: int = 0) -> list[Check]:
+    """Run every check of a converted checkpoint against its parent, in float32.
+
+    Args:
+        directory: The checkpoint.
+        source: Its parent.
+        facts: What run.json says of the conversion.
+        seed: Seed of the tokens.
+
+    Raises:
+        UserError: The checkpoint is damaged.
+    """
+    tensors = facts["tensors"]
     # A checkpoint may lie where nothing can be written; a copy of it is large for /tmp.
     beside = directory.parent if os.access(directory.parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=beside, prefix=".proof.") as scratch:
@@ -190,14 +222,22 @@ def prove(directory: Path, source: Source, tensors: dict[str, Any], seed: int = 
                 f"{directory} is damaged ({str(error).strip().splitlines()[0]}): convert again"
             ) from error
         input_ids, attention_mask = proof_tokens(model.config.vocab_size, seed)
+        same_parent = _same_weights(
+            "the parent's weights are those converted", source.shards(), tensors["parent_hash"]
+        )
+        own = _own_tensors(directory)
+        faithful: list[Check] = []
+        if not model.config.delta_rank:
+            faithful = [_against_parent(model, source, own, input_ids, loader)]
+        elif same_parent.passed:  # of another parent the fit is not
+            faithful = [*_against_unrolled(model, source, own, input_ids, loader, Path(scratch))]
+            faithful.append(_fit_as_told(model.config, source, own, facts["plan"]["deltas"]))
         return [
-            _against_parent(model, source, input_ids, loader),
+            *faithful,
             _accounted(loading, tensors),
             *_against_itself(model, input_ids, attention_mask),
             *_saved_and_loaded(model, directory, input_ids, loader, Path(scratch) / "saved"),
-            _same_weights(
-                "the parent's weights are those converted", source.shards(), tensors["parent_hash"]
-            ),
+            same_parent,
             _same_weights(
                 "the checkpoint's weights are those written",
                 sorted(directory.glob("*.safetensors")),
@@ -207,11 +247,15 @@ def prove(directory: Path, source: Source, tensors: dict[str, Any], seed: int = 
 
 
 def _against_parent(
-    model: RecurrentForCausalLM, source: Source, input_ids: torch.Tensor, loader: Loader
+    model: RecurrentForCausalLM,
+    source: Source,
+    own: dict[str, torch.Tensor],
+    input_ids: torch.Tensor,
+    loader: Loader,
 ) -> Check:
     ours = model(input_ids, num_recurrences=1).logits
     if source.raven is None:
-        theirs = parent_logits(source, model, input_ids, loader)
+        theirs = parent_logits(source, model, own, input_ids, loader)
     else:
         theirs = raven.reference_logits(source.raven, source.shards(), input_ids)
     exact = _starts_from_inputs(model) and source.raven is None
@@ -225,6 +269,47 @@ def _against_parent(
     )
 
 
+def _against_unrolled(
+    model: RecurrentForCausalLM,
+    source: Source,
+    own: dict[str, torch.Tensor],
+    input_ids: torch.Tensor,
+    loader: Loader,
+    scratch: Path,
+) -> Iterator[Check]:
+    """Compare with plain models that have a layer, deltas merged in, for each that is run."""
+    config = model.config
+    for depth in {1, min(config.num_delta_iterations, config.max_recurrences)}:
+        place = scratch / f"unrolled-{depth}"
+        deltas.write_unrolled(source, config, own, depth, place)
+        plain, _ = loader.load(AutoModelForCausalLM, place)
+        injections = _Injections(model, own)
+        for iteration in range(depth):
+            first = config.num_prelude_layers + iteration * config.num_core_layers
+            layer = plain.base_model.layers[first]
+            layer.register_forward_pre_hook(injections, with_kwargs=True)
+        theirs = plain(input_ids, use_cache=False).logits
+        shutil.rmtree(place)
+        yield Check(
+            f"r = {depth} equals the parent's layers with the deltas merged in",
+            _distance(model(input_ids, num_recurrences=depth).logits, theirs),
+            TOLERANCE * _spread(theirs),
+            "largest difference of logits, float32",
+        )
+
+
+def _fit_as_told(
+    config: Any, source: Source, own: dict[str, torch.Tensor], told: dict[str, Any]
+) -> Check:
+    found = deltas.fit_errors(source, config, told["targets"], own)
+    return Check(
+        "the deltas are as near to the replaced layers as was told",
+        _distance(torch.tensor(found), torch.tensor(told["fit_error"])),
+        FIT_TOLERANCE,
+        f"relative error of the fit at most {max(map(max, found)):.3g}",
+    )
+
+
 def _same_weights(name: str, shards: list[Path], known: str) -> Check:
     found = weights_hash(shards)
     return Check(name, float(found != known), 0.0, f"sha256 {found[:16]}")
@@ -232,7 +317,8 @@ def _same_weights(name: str, shards: list[Path], known: str) -> Check:
 
 def _accounted(loading: dict, tensors: dict[str, Any]) -> Check:
     unplaced = [*loading["missing_keys"], *loading["unexpected_keys"]]
-    told = tensors["used"] + len(tensors["dropped"]) + len(tensors["tied_or_computed"])
+    unused = ("dropped", "fitted", "tied_or_computed")
+    told = tensors["used"] + sum(len(tensors.get(fate, ())) for fate in unused)
     return Check(
         "every tensor is used once or dropped on purpose",
         float(len(unplaced) + abs(tensors["in_parent"] - told)),
@@ -341,7 +427,7 @@ def run(config: VerifyConfig) -> None:
             "the checkpoint it was trained from"
         )
     if (
-        not {"parent", "tensors"} <= facts.keys()
+        not {"parent", "plan", "tensors"} <= facts.keys()
         or not {"hash", "in_parent"} <= facts["tensors"].keys()
     ):
         raise UserError(
@@ -352,7 +438,7 @@ def run(config: VerifyConfig) -> None:
         raise UserError(f"the parent is no longer at {parent}: say where it is with --parent")
     revision = None if config.parent else facts["parent"].get("revision")
     with open_source(parent, revision) as source:
-        checks = prove(directory, source, facts["tensors"])
+        checks = prove(directory, source, facts)
     if config.json_output:
         print(json.dumps([check.as_dict() for check in checks], indent=1))
     else:

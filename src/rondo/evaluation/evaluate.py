@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -19,6 +18,7 @@ from rondo.config import EvalConfig
 from rondo.data import Documents, encode, load_tokenizer, padded_batches, read_documents
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
+from rondo.loading import load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import (
     choose_device,
@@ -57,18 +57,15 @@ class Subject:
         self.dtype = choose_dtype(config.dtype, self.device)
         self.recurrent = fields.get("model_type") == "rondo"
         self.seed = config.seed
-        model: Any
-        try:
-            if self.recurrent:
-                model = RecurrentForCausalLM.from_pretrained(self.directory, dtype=self.dtype)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.directory,
-                    dtype=self.dtype,
-                    trust_remote_code=config.trust_remote_code,
-                )
-        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{config.model} holds no model that can be loaded: {error}") from error
+        if self.recurrent:
+            model = load_model(RecurrentForCausalLM, self.directory, self.dtype)
+        else:
+            model = load_model(
+                AutoModelForCausalLM,
+                self.directory,
+                self.dtype,
+                trust_remote_code=config.trust_remote_code,
+            )
         self.model = model.to(self.device).eval()
         self.costs: Costs = costs_of(self.model) if self.recurrent else costs_of_parent(self.model)
         self.recurrences: tuple[int, ...] = (1,)
@@ -240,6 +237,7 @@ def model_facts(subject: Subject, config: EvalConfig) -> dict[str, Any]:
         ("recurrent", "before"): "recurrent, untrained",
         ("recurrent", "after"): "recurrent, trained",
         ("static", "after"): "static twin",
+        ("random", "after"): "random-init twin",
         ("parent", "before"): "parent",
     }
     split = None

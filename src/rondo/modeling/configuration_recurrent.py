@@ -26,6 +26,8 @@ class RecurrentConfig(PreTrainedConfig):
         state_std: Standard deviation of ``normal`` before truncation at three of them.
         num_recurrences: Iterations of the core when a call names none.
         max_recurrences: Hard cap; a call that asks for more is refused.
+        delta_rank: Rank of the core's per-iteration deltas (`deltas_recurrent`), 0 for none.
+        num_delta_iterations: How many iterations have deltas of their own; later ones begin again.
         format_version: Version of this checkpoint format.
 
     Raises:
@@ -49,6 +51,8 @@ class RecurrentConfig(PreTrainedConfig):
     state_std: float = 0.008703882797784892
     num_recurrences: int = 4
     max_recurrences: int = 64
+    delta_rank: int = 0
+    num_delta_iterations: int = 0
     format_version: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -76,6 +80,13 @@ class RecurrentConfig(PreTrainedConfig):
             raise ValueError(f"injection must be one of {INJECTIONS}, got {self.injection!r}")
         if self.state_init not in STATE_INITS:
             raise ValueError(f"state_init must be one of {STATE_INITS}, got {self.state_init!r}")
+        if min(self.delta_rank, self.num_delta_iterations) < 0 or (
+            bool(self.delta_rank) != bool(self.num_delta_iterations)
+        ):
+            raise ValueError(
+                "delta_rank and num_delta_iterations must both be positive or both 0, got "
+                f"{self.delta_rank} and {self.num_delta_iterations}"
+            )
         if not 1 <= self.num_recurrences <= self.max_recurrences:
             raise ValueError(
                 f"num_recurrences = {self.num_recurrences} must lie between 1 and "

@@ -79,3 +79,7 @@ class LayerInputs:
             position_embeddings=take(self.position_embeddings),
             position_ids=take(self.position_ids),
         )
+
+    def also(self, **extra: Any) -> "LayerInputs":
+        """Give the layers something more."""
+        return replace(self, extra=self.extra | extra)

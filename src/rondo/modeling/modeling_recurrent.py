@@ -13,12 +13,14 @@ Shapes: B batch, T tokens of this call, D width, V vocabulary.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_MAPPING,
     Cache,
@@ -32,6 +34,7 @@ from transformers.utils import ModelOutput
 
 from .cache_recurrent import CacheAtIteration, RecurrentCache, core_slot, make_room
 from .configuration_recurrent import RecurrentConfig
+from .deltas_recurrent import DeltaLinear, DeltaVectors, add_deltas, delta_index
 from .injection_recurrent import Injection, positional_noise
 from .inputs_recurrent import LayerInputs
 
@@ -75,6 +78,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         else:
             body = self if isinstance(self, RecurrentModel) else self.model
             body.parent[0]._init_weights(module)
+        if isinstance(module, (DeltaLinear, DeltaVectors)):
+            module.initialize()
 
 
 class RecurrentModel(RecurrentPreTrainedModel):
@@ -93,6 +98,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.norm = parent.norm
         self.rotary_emb = parent.rotary_emb
         self.injection = Injection(config)
+        if config.delta_rank:
+            for layer in self.core:
+                add_deltas(layer, config.delta_rank, config.num_delta_iterations)
         self.rotary_by_type = (
             "layer_type" in inspect.signature(parent.rotary_emb.forward).parameters
         )
@@ -200,6 +208,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if rows is not None:
             s_BTD, e_BTD = s_BTD.index_select(0, rows), e_BTD.index_select(0, rows)
             inputs = inputs.rows(rows)
+        if self.config.delta_rank:
+            inputs = inputs.also(delta_index=delta_index(self.config, iteration, s_BTD.device))
         first, view = self.config.num_prelude_layers, None
         if cache is not None:
             slot = core_slot(self.config, iteration)
@@ -226,6 +236,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         backprop_depth: int | None = None,
         output_recurrences: Sequence[int] = (),
         state_seed: int | torch.Tensor = 0,
+        checkpoint_iterations: bool = False,
         **kwargs: Any,
     ) -> RecurrentModelOutput:
         """Run prelude, loop and coda.
@@ -241,6 +252,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             backprop_depth: Iterations up to each output that carry gradient; None for all.
             output_recurrences: Depths at which the coda is branched off the one trajectory.
             state_seed: Seed of a `normal` initial state, one or one per row.
+            checkpoint_iterations: Recompute the inside of iterations in the backward pass.
             **kwargs: Passed on to the layers.
 
         Raises:
@@ -251,27 +263,27 @@ class RecurrentModel(RecurrentPreTrainedModel):
         deepest = depth if isinstance(depth, int) else int(depth.max())
         if (output_recurrences or backprop_depth) and (use_cache or not isinstance(depth, int)):
             raise ValueError("branches and a backprop_depth need one depth for all rows, no cache")
-        if use_cache and past_key_values is None:
-            past_key_values = RecurrentCache(self.config)
-        if past_key_values is not None:
-            make_room(past_key_values, self.config, deepest)
-        inputs = LayerInputs.prepare(
-            self, embeds, attention_mask, position_ids, past_key_values, kwargs
-        )
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = RecurrentCache(self.config)
+        if cache is not None:
+            make_room(cache, self.config, deepest)
+        inputs = LayerInputs.prepare(self, embeds, attention_mask, position_ids, cache, kwargs)
         prelude = slice(0, self.config.num_prelude_layers)
-        e_BTD = self.run(prelude, embeds, inputs, past_key_values)
+        e_BTD = self.run(prelude, embeds, inputs, cache)
         s_BTD = self.initial_state(e_BTD, inputs.position_ids, state_seed)
         if output_recurrences or backprop_depth:
+            iterate = _recomputed(self.iterate) if checkpoint_iterations else self.iterate
             return self._loop_with_branches(
-                depth, output_recurrences, backprop_depth, s_BTD, e_BTD, inputs
+                iterate, depth, output_recurrences, backprop_depth, s_BTD, e_BTD, inputs
             )
         if not isinstance(depth, int):
-            s_BTD = self._loop_by_row(depth.to(e_BTD.device), s_BTD, e_BTD, inputs, past_key_values)
+            s_BTD = self._loop_by_row(depth.to(e_BTD.device), s_BTD, e_BTD, inputs, cache)
         else:
             for iteration in range(1, depth + 1):
-                s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, past_key_values)
-        hidden_BTD = self.finish(s_BTD, inputs, past_key_values)
-        return RecurrentModelOutput(hidden_BTD, past_key_values, state=s_BTD)
+                s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, cache)
+        hidden_BTD = self.finish(s_BTD, inputs, cache)
+        return RecurrentModelOutput(hidden_BTD, cache, state=s_BTD)
 
     def _loop_by_row(
         self,
@@ -297,6 +309,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def _loop_with_branches(
         self,
+        iterate: Callable[..., torch.Tensor],
         depth: Any,
         output_recurrences: Sequence[int],
         backprop_depth: int | None,
@@ -316,11 +329,32 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 s_BTD = s_BTD.detach()
             carries = any(start <= iteration for start in starts)
             with torch.set_grad_enabled(torch.is_grad_enabled() and carries):
-                s_BTD = self.iterate(iteration, s_BTD, e_BTD, inputs, None)
+                s_BTD = iterate(iteration, s_BTD, e_BTD, inputs, None)
             if iteration in outputs:
                 finished[iteration] = self.finish(s_BTD, inputs, None)
         branches = tuple(finished[output] for output in output_recurrences)
         return RecurrentModelOutput(finished[depth], None, branches, s_BTD)
+
+
+def _recomputed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Keep a function's inputs only, and compute what is inside again in the backward pass."""
+    return partial(checkpoint, function, use_reentrant=False)
+
+
+def lm_logits(head: nn.Module, base_config: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """Map normed hidden states (B, T, D) to logits (B, T, V), as a family's head does.
+
+    A few families scale or cap their logits outside any module; each such operation is named by a
+    field that only their configs have.
+    """
+    logits = head(hidden_BTD)
+    if (divisor := getattr(base_config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(base_config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (cap := getattr(base_config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
@@ -340,20 +374,8 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         return create_masks_for_generate(config=config.base_config, **kwargs)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Map normed coda output (B, T, D) to logits (B, T, V), as the parent's head does.
-
-        A few families scale or cap their logits outside any module; each such operation is
-        named by a field that only their configs have.
-        """
-        base = self.config.base_config
-        logits = self.lm_head(hidden_BTD)
-        if (divisor := getattr(base, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / divisor
-        if (factor := getattr(base, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * factor
-        if (cap := getattr(base, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        """Map normed coda output (B, T, D) to logits (B, T, V), as the parent's head does."""
+        return lm_logits(self.lm_head, self.config.base_config, hidden_BTD)
 
     def forward(
         self,

@@ -1,10 +1,9 @@
-"""How each micro-batch of a run will go, and how many steps a budget pays for: pure functions."""
+"""How each step of a run will go, and how many steps a budget pays for: pure functions."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-
-import torch
 
 from rondo.config import TrainConfig
 from rondo.errors import UserError
@@ -15,6 +14,8 @@ from rondo.training.recurrence import (
     backprop_window,
     sample_depth,
     scheduled_mean,
+    scheduled_seq_len,
+    scheduled_window,
     shallower_depth,
     step_generator,
 )
@@ -23,86 +24,130 @@ DEFAULT_STEPS = 100
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """How one micro-batch runs: its depth, and the shallower iteration that is supervised."""
+class Draw:
+    """How a share of a step's sequences runs: its depth, and the shallower one supervised too."""
 
     depth: Depth
     shallow: int | None
-    state_seed: int
 
 
-def micro_batch(
-    config: TrainConfig, cap: int, step: int, micro_step: int, total_steps: int
-) -> MicroBatch:
-    """Return how a micro-batch runs: a pure function of seed, step and micro-step."""
-    generator = step_generator(config.seed, step, micro_step)
+@dataclass(frozen=True)
+class StepPlan:
+    """How a step runs.
+
+    Attributes:
+        draws: One per equal share of the sequences.
+        mean: What the curriculum asks for.
+        seq_len: Tokens per sequence; the number of sequences grows as they shrink.
+    """
+
+    draws: tuple[Draw, ...]
+    mean: int
+    seq_len: int
+
+
+def step_plan(config: TrainConfig, cap: int, step: int, total_steps: int) -> StepPlan:
+    """Return how a step runs: a pure function of seed and step, alike on every process."""
+    batch, setting = config.batch, config.recurrence
+    seq_len = batch.seq_len
+    if batch.seq_schedule == "doubling":
+        seq_len = scheduled_seq_len(
+            step, total_steps, seq_len, batch.seq_schedule_start, batch.seq_schedule_fraction
+        )
     if config.mode == "static":
-        return MicroBatch(Depth(1, 1), None, 0)
-    setting = config.recurrence
+        return StepPlan((Draw(Depth(1, 1), None),) * setting.draws_per_step, 1, seq_len)
     mean = scheduled_mean(
         step,
         total_steps,
         setting.mean,
         setting.schedule,
         setting.schedule_fraction,
-        min(setting.minimum, setting.mean),
+        max(setting.minimum, setting.schedule_start),
     )
-    # The paper's rule: a curriculum below the window narrows the window.
-    paper = setting.distribution.startswith("poisson")
-    window = backprop_window(mean, setting.backprop_depth) if paper else setting.backprop_depth
-    depth = sample_depth(
-        setting.distribution,
-        mean,
-        setting.minimum,
-        min(setting.cap or cap, cap),
-        window,
-        generator,
+    window = setting.backprop_depth
+    if setting.backprop_schedule == "linear":
+        window = scheduled_window(step, total_steps, window, setting.backprop_schedule_fraction)
+    if setting.distribution.startswith("poisson"):
+        # The paper's rule: a curriculum below the window narrows the window.
+        window = backprop_window(mean, window)
+    draws = tuple(
+        _draw(config, min(setting.cap or cap, cap), step, number, mean, window)
+        for number in range(setting.draws_per_step)
     )
+    return StepPlan(draws, mean, seq_len)
+
+
+def _draw(config: TrainConfig, cap: int, step: int, number: int, mean: int, window: int) -> Draw:
+    generator = step_generator(config.seed, step, number)
+    setting = config.recurrence
+    depth = sample_depth(setting.distribution, mean, setting.minimum, cap, window, generator)
     shallow = None
-    if config.loss == "deep":
+    if config.loss.kind != "last":
         shallow = shallower_depth(depth.num_recurrences, generator)
-    state_seed = int(torch.randint(2**31, (), generator=generator))
-    return MicroBatch(depth, shallow, state_seed)
+        if config.loss.shallow == "first" and shallow is not None:
+            shallow = 1
+    return Draw(depth, shallow)
 
 
-def step_flops(config: TrainConfig, costs: Costs, cap: int, step: int, total_steps: int) -> float:
+def step_flops(
+    config: TrainConfig, costs: Costs, plan: StepPlan, parent: Costs | None = None
+) -> float:
     """Return the training FLOPs of a step, forward and backward, without doing it.
 
-    What is computed a second time to save memory (the head's chunks) is not counted.
+    What is computed a second time to save memory (the head's chunks, checkpointed activations) is
+    not counted.
+
+    Args:
+        config: The run.
+        costs: Of the model trained.
+        plan: The step.
+        parent: Costs of the parent, where it teaches.
     """
-    total = 0
-    for micro_step in range(config.global_batch_size // config.micro_batch_size):
-        batch = micro_batch(config, cap, step, micro_step, total_steps)
-        per_token = costs.train_flops(*batch.depth, config.seq_len)
-        if batch.shallow is not None:
+    length, total = plan.seq_len, 0
+    for draw in plan.draws:
+        total += costs.train_flops(*draw.depth, length)
+        if draw.shallow is not None:
             # Coda and head run once more, forward and backward; where the shallow output lies
             # before the window, the iterations that lead to it carry gradient as well.
-            per_token += 3 * costs.finish_flops(config.seq_len)
-            per_token += 2 * costs.iteration_flops(config.seq_len) * extra_iterations(batch)
-        total += per_token * config.micro_batch_size * config.seq_len
-    return float(total)
+            total += 3 * costs.finish_flops(length)
+            total += 2 * costs.iteration_flops(length) * extra_iterations(draw)
+            if parent is not None:
+                total += parent.forward_flops(1, length)
+    return float(total * step_tokens(config) // len(plan.draws))
 
 
-def extra_iterations(batch: MicroBatch) -> int:
+def paper_step_flops(config: TrainConfig, costs: Costs, plan: StepPlan) -> float:
+    """Return a step's training FLOPs in the paper's account: layers only, at the nominal mean."""
+    per_token = costs.paper_train_flops(plan.mean, config.recurrence.backprop_depth)
+    if config.mode == "static":
+        per_token += 6 * costs.norm_parameters
+    return float(per_token * step_tokens(config))
+
+
+def step_tokens(config: TrainConfig) -> int:
+    """Return the tokens of an optimizer step, over all processes."""
+    return config.batch.global_batch_size * config.batch.seq_len
+
+
+def extra_iterations(draw: Draw) -> int:
     """Return how many iterations carry gradient only because of the shallower output."""
-    depth, window = batch.depth
-    shallow = batch.shallow or 0
+    depth, window = draw.depth
+    shallow = draw.shallow or 0
     last = set(range(depth - window + 1, depth + 1))
     return len(set(range(max(1, shallow - window + 1), shallow + 1)) - last)
 
 
-def plan_steps(config: TrainConfig, costs: Costs, cap: int) -> int:
+def plan_steps(config: TrainConfig, costs: Costs, cap: int, parent: Costs | None = None) -> int:
     """Return the number of optimizer steps a budget pays for, at least one.
 
     Raises:
-        UserError: The run whose FLOPs are to be matched has no metrics.
+        UserError: The run whose FLOPs are to be matched is not finished.
     """
     budget = config.budget
-    tokens_per_step = config.global_batch_size * config.seq_len
     if budget.steps is not None:
         return budget.steps
     if budget.tokens is not None:
-        return max(1, round(budget.tokens / tokens_per_step))
+        return max(1, round(budget.tokens / step_tokens(config)))
     flops = budget.flops
     if budget.like is not None:
         finished = Path(budget.like) / "final" / "run.json"
@@ -112,16 +157,35 @@ def plan_steps(config: TrainConfig, costs: Costs, cap: int) -> int:
     if flops is None:
         return DEFAULT_STEPS
 
+    @cache
     def spent(total: int) -> float:
-        return sum(step_flops(config, costs, cap, step, total) for step in range(total))
+        plans = (step_plan(config, cap, step, total) for step in range(total))
+        return sum(step_flops(config, costs, plan, parent) for plan in plans)
 
-    # The curriculum is laid out over the total, so depth depends on it: search, do not divide.
-    low, high = (
-        1,
-        max(1, math.ceil(flops / (costs.train_flops(1, 1, config.seq_len) * tokens_per_step))),
-    )
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if spent(middle) <= flops else (low, middle - 1)
-    # The nearer of the two neighbours, so that twins end up equally close to the budget.
-    return low + 1 if abs(spent(low + 1) - flops) < abs(spent(low) - flops) else low
+    return steps_for(flops, spent)
+
+
+def steps_for(flops: float, spent: Callable[[int], float]) -> int:
+    """Return the number of steps whose FLOPs come nearest to a budget.
+
+    Curricula are laid out over the total, so what a step costs depends on it: search, do not
+    divide. What is spent is nearly proportional to the total, so two proportional guesses enclose
+    the answer closely before the interval is halved.
+
+    Args:
+        flops: The budget.
+        spent: FLOPs of a run of that many steps, growing.
+    """
+    low, high = 0, 1
+    while spent(high) <= flops:
+        low, high = high, max(high + 1, min(8 * high, int(high * flops / spent(high))))
+    for margin in (0.99, 1.01):
+        guess = int(margin * high * flops / spent(high))
+        if low < guess < high:
+            low, high = (guess, high) if spent(guess) <= flops else (low, guess)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if spent(middle) <= flops else (low, middle)
+    if low == 0:
+        return 1
+    return high if spent(high) - flops < flops - spent(low) else low

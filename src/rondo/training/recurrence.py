@@ -11,13 +11,12 @@ iterations carry gradient; the earlier ones run without it.
 import hashlib
 import math
 import struct
-from typing import Literal, NamedTuple, assert_never
+from collections.abc import Sequence
+from typing import NamedTuple, assert_never
 
 import torch
 
-from rondo.flops import Schedule
-
-Distribution = Literal["poisson-lognormal", "poisson-lognormal-honest", "uniform", "fixed"]
+from rondo.config import Distribution, Schedule
 
 _RATE_SIGMA = 0.5
 
@@ -67,6 +66,50 @@ def backprop_window(mean: int, window: int = 8) -> int:
     return min(window, mean)
 
 
+def scheduled_window(step: int, total_steps: int, window: int, fraction: float) -> int:
+    """Most iterations with gradient when their number grows linearly from one.
+
+    Args:
+        step: Completed optimizer steps.
+        total_steps: Optimizer steps the curriculum is laid out for.
+        window: Its end.
+        fraction: Part of `total_steps` it takes.
+    """
+    ramp_steps = math.ceil(fraction * total_steps)
+    # One step ahead, as the reference does, so that the first step has gradient.
+    return min(window, -(-window * (step + 1) // ramp_steps))
+
+
+def scheduled_seq_len(
+    step: int, total_steps: int, seq_len: int, start: int, fraction: float
+) -> int:
+    """Tokens per sequence when `seq_len` is halved first, as often as `start` allows.
+
+    Each length gets an equal part of the ramp.
+
+    Args:
+        step: Completed optimizer steps.
+        total_steps: Optimizer steps the schedule is laid out for.
+        seq_len: Length after the ramp.
+        start: Shortest length allowed.
+        fraction: Part of `total_steps` the ramp takes.
+    """
+    halvings = 0
+    while seq_len % 2 ** (halvings + 1) == 0 and seq_len // 2 ** (halvings + 1) >= start:
+        halvings += 1
+    ramp_steps = math.ceil(fraction * total_steps)
+    done = halvings if step >= ramp_steps else halvings * step // ramp_steps
+    return seq_len // 2 ** (halvings - done)
+
+
+def row_seeds(seed: int, rows: Sequence[int]) -> torch.Tensor:
+    """Seeds of the initial states of rows of the stream, (B,).
+
+    A row meets the same noise whichever process takes it.
+    """
+    return torch.tensor(rows, dtype=torch.long) + seed * 1_000_000_007
+
+
 def reference_generator(data_step: int) -> torch.Generator:
     """The paper's stream for one micro-batch, the same in every run whatever its seed.
 
@@ -77,11 +120,11 @@ def reference_generator(data_step: int) -> torch.Generator:
     return torch.Generator().manual_seed((514229 + data_step) % (2**31 - 1))
 
 
-def step_generator(seed: int, step: int, micro_step: int) -> torch.Generator:
-    """Our stream for one micro-batch: the same on every rank, another for every run's seed."""
+def step_generator(seed: int, step: int, draw: int) -> torch.Generator:
+    """Our stream for one draw of a step: the same on every rank, another for every run's seed."""
     # Hashed because a sum would make neighbours overlap: seed 1 would replay seed 0 one step
     # later. Python's own hash() may change between versions. The CPU generator reads 32 bits.
-    key = struct.pack("<3q", seed, step, micro_step)
+    key = struct.pack("<3q", seed, step, draw)
     digest = hashlib.blake2b(key, digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

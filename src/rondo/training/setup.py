@@ -1,23 +1,27 @@
 """What a run is made of: model, text, optimizers and plan, loaded and checked before it begins."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rondo import provenance
 from rondo.config import TrainConfig
-from rondo.data import TrainingRows, load_tokenizer, read_documents
+from rondo.data import Rows, TrainingRows, check_tokenizer, held_out_rows, load_tokenizer, open_rows
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
+from rondo.loading import fetch, load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
-from rondo.training import optim
+from rondo.training import adapters, distributed, optim
 from rondo.training.budget import plan_steps
+from rondo.training.distributed import World
+from rondo.training.initial import initialize
+from rondo.training.objective import Objective
+from rondo.training.throughput import matmul_peak
 
 
 @dataclass
@@ -28,9 +32,15 @@ class Progress:
     rows: int = 0
     tokens: int = 0
     flops: float = 0.0
+    flops_paper: float = 0.0
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last accepted steps."""
+    stream: dict[str, Any] = field(default_factory=dict)
+    """Where a streamed text stands."""
 
 
 @dataclass
@@ -38,78 +48,124 @@ class Run:
     """Everything the loop touches."""
 
     config: TrainConfig
+    world: World
     directory: Path
     model_directory: Path
     model: Any
+    objective: Objective
     costs: Costs
+    parent_costs: Costs | None
+    cap: int
     rows: TrainingRows
+    held_out: Rows | None
     total_steps: int
     optimizers: list[torch.optim.Optimizer]
-    device: torch.device
+    ema: dict[str, torch.Tensor] | None
     dtype: torch.dtype
-    cap: int
-    data: dict[str, Any]
+    peak: float
+    """FLOP/s of the machine's own matrix products, over all processes."""
     progress: Progress = field(default_factory=Progress)
 
 
-def setup(config: TrainConfig) -> Run:
+def setup(config: TrainConfig, world: World, stored: dict[str, Any] | None) -> Run:
     """Load model, text and optimizers, and lay out the run.
+
+    Args:
+        config: The run.
+        world: The processes it runs on.
+        stored: The run's run.json where it goes on: what was measured at its start holds.
 
     Raises:
         UserError: A directory, the text or a setting does not fit.
     """
-    directory = Path(config.output_dir)
-    checkpoint_facts = provenance.read_json(Path(config.model) / "run.json")
-    if "parent" not in checkpoint_facts:
-        raise UserError(f"{config.model} is no recurrent checkpoint: make one with rondo convert")
-    device = provenance.choose_device(config.device)
-    dtype = provenance.choose_dtype(config.dtype, device)
-    model_directory = Path(config.model)
-    model: Any
-    if config.mode == "static":
-        model_directory = parent_directory(checkpoint_facts["parent"])
-        model = load(AutoModelForCausalLM, model_directory)
-        costs, cap = costs_of_parent(model), 1
-    else:
-        model = load(RecurrentForCausalLM, model_directory)
-        costs, cap = costs_of(model), model.config.max_recurrences
+    share(config, world.size)
+    model_directory, parent = directories(config)
+    dtype = provenance.choose_dtype(config.machine.dtype, world.device)
+    if stored:
+        dtype = getattr(torch, stored["dtype"])
+    model = load(config, model_directory, dtype)
+    recurrent = config.mode != "static"
+    costs = costs_of(model) if recurrent else costs_of_parent(model)
+    cap = model.config.max_recurrences if recurrent else 1
+    if recurrent:
         check_depths(config, cap)
-    model.to(device).train()
-    documents = read_documents(config.data)
+    teacher, parent_costs = None, None
+    if recurrent and config.loss.kind == "deep+distil" and config.loss.parent_weight:
+        teacher = load_model(AutoModelForCausalLM, parent_directory(parent), dtype)
+        teacher.requires_grad_(False).to(world.device)
+        parent_costs = costs_of_parent(teacher)
+    total_steps = stored["total_steps"] if stored else plan_steps(config, costs, cap, parent_costs)
     tokenizer = load_tokenizer(model_directory)
-    rows = TrainingRows(documents, tokenizer, config.seq_len + 1, config.seed)
+    check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+    length, watch = config.batch.seq_len, config.watch
+    total_rows = total_steps * config.batch.global_batch_size
+    rows = open_rows(config.data, tokenizer, length, config.seed, total_rows)
+    held_out = None
+    if watch.data:
+        held_out = held_out_rows(watch.data, config.data, tokenizer, length, watch.rows)
+    objective = prepare(config, world, model, teacher, recurrent, dtype)
     return Run(
         config=config,
-        directory=directory,
+        world=world,
+        directory=Path(config.output_dir),
         model_directory=model_directory,
         model=model,
+        objective=objective,
         costs=costs,
-        rows=rows,
-        total_steps=plan_steps(config, costs, cap),
-        optimizers=optim.make_optimizers(model, config.optimizer),
-        device=device,
-        dtype=dtype,
+        parent_costs=parent_costs,
         cap=cap,
-        data={
-            "name": documents.name,
-            "path": documents.path,
-            "sha256": documents.sha256,
-            "tokens": rows.num_tokens,
-        },
+        rows=rows,
+        held_out=held_out,
+        total_steps=total_steps,
+        optimizers=optim.make_optimizers(model, config.optimizer),
+        ema=optim.averages(model) if config.optimizer.ema_decay else None,
+        dtype=dtype,
+        peak=world.size * matmul_peak(world.device, dtype),
     )
 
 
-def load(model_class: Any, directory: Path) -> Any:
-    """Load a model in float32.
+def share(config: TrainConfig, num_processes: int) -> tuple[int, int]:
+    """Return the sequences of a process in each draw, and how many of them run at once.
 
     Raises:
-        UserError: The directory holds none of this kind.
+        UserError: They cannot be shared equally.
     """
-    try:
-        return model_class.from_pretrained(directory, dtype=torch.float32)
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{directory} holds no model that can be trained: {reason}") from error
+    batch, draws = config.batch, config.recurrence.draws_per_step
+    per_draw = batch.global_batch_size // draws
+    if per_draw % num_processes:
+        raise UserError(
+            f"{per_draw} sequences per draw (batch.global_batch_size {batch.global_batch_size} / "
+            f"recurrence.draws_per_step {draws}) cannot be shared equally by {num_processes} "
+            "processes: change one of the three"
+        )
+    own = per_draw // num_processes
+    micro = min(batch.micro_batch_size, own)
+    if own % micro:
+        raise UserError(
+            f"{own} sequences per draw and process are no multiple of batch.micro_batch_size "
+            f"{micro}: change batch.global_batch_size or batch.micro_batch_size"
+        )
+    return own, micro
+
+
+def directories(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
+    """Return the directory of the model to train, and what is known of its parent.
+
+    Raises:
+        UserError: It is no recurrent checkpoint, or its parent cannot be had.
+    """
+    directory = Path(config.model)
+    if not directory.is_dir():
+        raise UserError(
+            f"there is no directory {config.model}: make it with rondo convert (a recipe folder "
+            "has a convert.yaml for it)"
+        )
+    facts = provenance.read_json(directory / "run.json")
+    if "parent" not in facts:
+        raise UserError(f"{config.model} is no recurrent checkpoint: make one with rondo convert")
+    if config.mode == "static":
+        return parent_directory(facts["parent"]), facts["parent"]
+    return directory, facts["parent"]
 
 
 def parent_directory(parent: dict[str, Any]) -> Path:
@@ -123,13 +179,64 @@ def parent_directory(parent: dict[str, Any]) -> Path:
         return path
     if path.is_absolute() or path.suffix == ".gguf" or parent["path"] == "smollm2":
         raise UserError(
-            f"the static twin needs the parent as a directory, and {path} is none: for a GGUF "
-            "file, convert from the output of rondo dequantize"
+            f"the parent is needed as a directory, and {path} is none: for a GGUF file, convert "
+            "from the output of rondo dequantize"
         )
-    try:
-        return Path(snapshot_download(parent["path"], revision=parent.get("revision")))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(f"the parent {path} cannot be had from the hub: {error}") from error
+    return fetch(parent["path"], parent.get("revision"))
+
+
+def load(config: TrainConfig, directory: Path, dtype: torch.dtype) -> Any:
+    """Return the model to train, in float32; frozen under adapters, it stays in the run's dtype.
+
+    Raises:
+        UserError: The directory holds none of this kind, or adapters do not fit.
+    """
+    stored = dtype if config.lora.rank else torch.float32
+    model: Any
+    if config.mode == "static":
+        model = load_model(AutoModelForCausalLM, directory, stored)
+    else:
+        model = load_model(RecurrentForCausalLM, directory, stored)
+    if config.mode == "random":
+        torch.manual_seed(config.seed)
+        model = RecurrentForCausalLM._from_config(model.config, dtype=stored)
+        initialize(model, config.recurrence.mean)
+    if config.lora.rank:
+        adapters.add_adapters(model, config.lora)
+    return model
+
+
+def prepare(
+    config: TrainConfig, world: World, model: Any, teacher: Any, recurrent: bool, dtype: torch.dtype
+) -> Objective:
+    """Return the module that training calls: checkpointing, then compilation, then sharding."""
+    machine = config.machine
+    model.train()
+    layers: list[nn.Module] = list(model.base_model.layers)
+    once = [*model.model.prelude, *model.model.coda] if recurrent else layers
+    if machine.activation_checkpointing == "all" or (
+        machine.activation_checkpointing == "iteration" and not recurrent
+    ):
+        with warnings.catch_warnings():
+            # The older of two names, which all of transformers 5 knows.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.core if recurrent else ():
+            layer.gradient_checkpointing = False  # its iteration is recomputed as a whole
+    if machine.compile:
+        for layer in layers:
+            layer.compile()
+    objective = Objective(
+        model,
+        recurrent,
+        config.loss,
+        teacher,
+        checkpoint_iterations=machine.activation_checkpointing != "none",
+    )
+    if world.size == 1:
+        return objective.to(world.device)
+    distributed.shard(objective, once, world, dtype, machine.replicas)
+    return objective
 
 
 def check_depths(config: TrainConfig, cap: int) -> None:

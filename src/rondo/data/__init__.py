@@ -1,0 +1,36 @@
+"""Text in, rows of tokens out: sources, documents, tokens, their cache, and the rows made of them.
+
+Read in that order; `open_rows` in rows.py puts them together.
+"""
+
+from rondo.data.documents import Documents, read_documents
+from rondo.data.rows import Rows, TrainingRows, held_out_rows, open_rows
+from rondo.data.sources import SAMPLES
+from rondo.data.tokens import (
+    beginning,
+    check_tokenizer,
+    encode,
+    load_tokenizer,
+    packed_rows,
+    pad_token,
+    padded_batches,
+    separator_of,
+)
+
+__all__ = [
+    "SAMPLES",
+    "Documents",
+    "Rows",
+    "TrainingRows",
+    "beginning",
+    "check_tokenizer",
+    "encode",
+    "held_out_rows",
+    "load_tokenizer",
+    "open_rows",
+    "packed_rows",
+    "pad_token",
+    "padded_batches",
+    "read_documents",
+    "separator_of",
+]

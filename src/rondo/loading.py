@@ -1,0 +1,45 @@
+"""Directories of models: fetched from the hub where they are hub ids, and loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+
+from rondo.errors import UserError
+
+
+def fetch(name: str, revision: str | None, patterns: list[str] | None = None) -> Path:
+    """Fetch files of a model from the hub, all or those that match.
+
+    Raises:
+        UserError: The name is neither a directory nor a model that can be reached.
+    """
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
+    except HFValidationError as error:
+        raise UserError(f"{name} is neither a directory nor a hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name} is no directory here and cannot be had from the hub: {reason}"
+        ) from error
+
+
+def load_model(model_class: Any, directory: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """Load a model of a transformers class, remote code only if the options say so.
+
+    Raises:
+        UserError: The directory holds none of this kind.
+    """
+    try:
+        return model_class.from_pretrained(directory, dtype=dtype, **options)
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory} holds no model that can be loaded: {reason}") from error

@@ -1,0 +1,87 @@
+"""What a finished run leaves: a checkpoint like the one it began with, its card and its facts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rondo import provenance
+from rondo.config import command_line
+from rondo.training import adapters, distributed
+from rondo.training.setup import Run
+
+
+@torch.no_grad()
+def write_final(run: Run) -> None:
+    """Write final/: weights (their average, if one was kept), code, tokenizer, card, run.json."""
+    if run.ema is not None:
+        for name, parameter in distributed.trainable(run.model).items():
+            parameter.copy_(run.ema[name])
+    state = distributed.whole_state(run.model)
+    if run.config.lora.rank:
+        state = adapters.folded(state, run.config.lora)
+    if run.world.first:
+        _write(run, state)
+    distributed.barrier(run.world)
+
+
+def _write(run: Run, state: dict[str, torch.Tensor]) -> None:
+    final, partial = run.directory / "final", run.directory / ".final"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    run.model.save_pretrained(partial, state_dict=state)
+    written = {path.name for path in partial.iterdir()}
+    for path in run.model_directory.iterdir():
+        weights = path.name.startswith("model") and ".safetensors" in path.name
+        if path.is_file() and path.name not in written and not weights:
+            shutil.copyfile(path, partial / path.name)
+    (partial / "README.md").write_text(model_card(run), encoding="utf-8")
+    before = provenance.read_json(Path(run.config.model) / "run.json")
+    facts = {
+        "kind": "train",
+        "parent": before["parent"],
+        "plan": before["plan"] if run.config.mode != "static" else None,
+        "history": [*before.get("history", [before["command"]]), command_line(run.config)],
+        "training": training_facts(run),
+    }
+    provenance.write_json(partial / "run.json", provenance.record(run.config, **facts))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def model_card(run: Run) -> str:
+    """Return the README.md of a trained checkpoint."""
+    facts = "\n".join(f"| {key} | {value} |" for key, value in training_facts(run).items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [rondo]\n---\n"
+        f"# Trained from {run.config.model}\n\n| training | |\n|---|---|\n{facts}\n\n"
+        "What depth buys is measured, not assumed: `rondo eval` this directory beside its parent "
+        "and its static twin. Conversion and commands are in `run.json`.\n"
+    )
+
+
+def training_facts(run: Run) -> dict[str, Any]:
+    """Return what a report says about the training."""
+    config, progress, setting = run.config, run.progress, run.config.recurrence
+    static = config.mode == "static"
+    sources = run.rows.facts
+    return {
+        "mode": config.mode,
+        "tokens": progress.tokens,
+        "steps": progress.step,
+        "flops": progress.flops,
+        "flops_paper": progress.flops_paper,
+        "seconds": round(progress.seconds, 1),
+        "loss": "last" if static else config.loss.kind,
+        "recurrence": "none" if static else f"{setting.distribution} {setting.mean}",
+        "optimizer": config.optimizer.name,
+        "lr": config.optimizer.lr,
+        "seed": config.seed,
+        "data": ", ".join(source["name"] for source in sources),
+        "data_sha256": ", ".join(str(source["sha256"]) for source in sources),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "num_processes": run.world.size,
+        "skipped_steps": progress.skipped,
+        "rollbacks": progress.rollbacks,
+    }

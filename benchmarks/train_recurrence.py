@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def prepared(arguments: argparse.Namespace, world: World, out: Path, **changes: 
 
 def at_depth(depth: int) -> StepPlan:
     """Return a step of one depth with gradient through all of it."""
-    return StepPlan((Draw(Depth(depth, depth), None),), depth, 0)
+    return StepPlan((Draw(Depth(depth, depth), None),), depth, depth, 0)
 
 
 def step(run: Run, depth: int) -> float:
     """Make one whole optimizer step at a depth and return its seconds."""
-    plan = StepPlan(at_depth(depth).draws, depth, run.config.batch.seq_len)
+    plan = replace(at_depth(depth), seq_len=run.config.batch.seq_len)
     if run.world.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -75,7 +76,7 @@ def step(run: Run, depth: int) -> float:
 
 def flops(run: Run, depth: int) -> float:
     """Return the executed FLOPs of a step."""
-    plan = StepPlan(at_depth(depth).draws, depth, run.config.batch.seq_len)
+    plan = replace(at_depth(depth), seq_len=run.config.batch.seq_len)
     return step_flops(run.config, run.costs, plan)
 
 

@@ -10,11 +10,11 @@ perform no matrix product and are not counted; nor is the optimizer's work.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 from torch import nn
 
-Schedule = Literal["none", "linear", "1-sqrt"]
+from rondo.config import Schedule
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,21 @@ class Costs:
         attention = 4 * self.attention_width * seq_len * self.effective_depth(num_recurrences)
         return 2 * matmul_weights + attention
 
-    def train_flops(self, num_recurrences: int, backprop_depth: int, seq_len: int) -> int:
+    def train_flops(
+        self, num_recurrences: int, backprop_depth: int, seq_len: int, frozen: bool = False
+    ) -> int:
         """Executed FLOPs per token of a forward pass and the backward pass of what has gradient.
 
         Only the last `backprop_depth` iterations carry gradient. What they, the prelude, the coda
-        and the head cost backward is twice a forward pass of that depth. Recomputation, by
-        activation checkpointing or inside a fused attention kernel, is not counted.
+        and the head cost backward is twice a forward pass of that depth; weights that are frozen
+        pass gradient on and get none. Recomputation, by activation checkpointing or inside a fused
+        attention kernel, is not counted.
         """
         differentiated = min(num_recurrences, backprop_depth)
         forward = self.forward_flops(num_recurrences, seq_len)
-        return forward + 2 * self.forward_flops(differentiated, seq_len)
+        backward = 2 * self.forward_flops(differentiated, seq_len)
+        # Without attention (over no tokens) what is left is the products with weights.
+        return forward + backward - frozen * self.forward_flops(differentiated, 0)
 
     def kv_values(self, num_recurrences: int) -> int:
         """Cached values per token when every iteration keeps its own keys and values."""

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rondo.config import Config, command_line
 from rondo.errors import UserError
 
 # A directory that holds one of these was written by a command and may be replaced by one.
 MARKS = ("run.json", "report.html")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def record(config: Config, **facts: Any) -> dict[str, Any]:
@@ -156,11 +158,12 @@ def staged(path: str | Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and "I/O error" not in str(error):
             raise
         raise UserError(
-            f"cannot write {directory}: {error.strerror}; nothing was kept, free some space and "
+            f"cannot write {directory}: {error}; nothing was kept, free some space and "
             "run the command again"
         ) from error
     finally:

@@ -13,6 +13,7 @@ FLAGS = (
     "1e-3", "--optimizer.ema-decay", "0.5", "--watch.every", "3", "--watch.recurrences", "1", "3",
     "--watch.rows", "4",
 )  # fmt: skip
+ADAPTERS = ("--lora.rank", "2", "--machine.dtype", "bfloat16", "--data.packing", "documents")
 step = train.train_step
 
 
@@ -46,5 +47,6 @@ if __name__ == "__main__":
         go_on(place, "halves")
         begin(place, "moved", 2)
         begin(place, "twin", 0, "--mode", "static")
+        begin(place, "adapters", 0, *ADAPTERS)
     else:
         go_on(place, "moved")

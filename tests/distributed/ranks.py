@@ -64,11 +64,9 @@ def objective(family: str, seed: int = 0) -> Objective:
     return made
 
 
-def shard_over(
-    world: World, root: Objective, dtype: torch.dtype = torch.float32, replicas: int = 1
-) -> Objective:
+def shard_over(world: World, root: Objective, replicas: int = 1) -> Objective:
     body = root.model.model
-    shard(root, [*body.prelude, *body.coda], world, dtype, replicas)
+    shard(root, [*body.prelude, *body.coda], world, replicas)
     return root
 
 
@@ -156,9 +154,10 @@ def count_collectives(world: World) -> dict[str, list[int]]:
 
 
 def compare_bfloat16(world: World) -> dict[str, Any]:
-    whole, split = objective("llama"), shard_over(world, objective("llama"), torch.bfloat16)
-    backward(alone(world), whole, batch())
-    backward(world, split, batch())
+    whole, split = objective("llama"), shard_over(world, objective("llama"))
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        backward(alone(world), whole, batch())
+        backward(world, split, batch())
     held = {str(t.dtype) for p in trainable(split).values() for t in (p, p.grad)}
     return {"held": sorted(held), "gap": gap(gradients(split), gradients(whole))}
 
@@ -232,7 +231,7 @@ def save_what_does_not_divide(world: World, directory: Path) -> list[int]:
     """Three rows, and one, over the ranks: some hold less, some nothing."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
-    shard(model, [], world, torch.float32, 1)
+    shard(model, [], world, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
@@ -248,7 +247,7 @@ def save_what_does_not_divide(world: World, directory: Path) -> list[int]:
 def fail_to_save(world: World, directory: Path) -> dict[str, Any]:
     """A disk that fills up for the last rank, and then a shard of its that is damaged."""
     model = nn.Linear(64, 64)
-    shard(model, [], world, torch.float32, 1)
+    shard(model, [], world, 1)
 
     def full_disk(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -281,7 +280,7 @@ def fail_to_save(world: World, directory: Path) -> dict[str, Any]:
 
 def refuse_replicas(world: World) -> str:
     try:
-        shard(nn.Linear(2, 2), [], world, torch.float32, 3)
+        shard(nn.Linear(2, 2), [], world, 3)
     except UserError as error:
         return str(error)
     return ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_ranks import begin, go_on
+from loop_ranks import ADAPTERS, begin, go_on
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert rondo("convert", directory / "parent", directory / "model", "--sizes", "2,2,2") == 0
     step = train.train_step
     begin(directory, "one")
+    begin(directory, "adapters-one", 0, *ADAPTERS)
     on_two_ranks(directory, "first")
     go_on(directory, "moved", 4)
     on_two_ranks(directory, "last")
@@ -56,6 +57,7 @@ def steps(directory: Path) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in row.items() if not key.startswith("perf/")}
         for row in read_metrics(directory)
+        if "event" not in row
     ]
 
 
@@ -79,6 +81,13 @@ def test_two_ranks_go_on_bit_for_bit(place: Path) -> None:
     assert steps(place / "halves") == steps(place / "two")
     for key, tensor in weights(place / "two").items():
         assert torch.equal(weights(place / "halves")[key], tensor), key
+
+
+def test_adapters_in_bfloat16_are_the_same_on_two_ranks(place: Path) -> None:
+    ours, theirs = steps(place / "adapters"), steps(place / "adapters-one")
+    for left, right in zip(ours, theirs, strict=True):
+        assert left["train/loss"] == pytest.approx(right["train/loss"], rel=5e-3)
+    assert weights(place / "adapters").keys() == weights(place / "adapters-one").keys()
 
 
 def test_the_twin_is_trained_on_two_ranks_as_well(place: Path) -> None:

@@ -85,9 +85,9 @@ def test_depth_costs_no_communication(two: Found) -> None:
     assert set(map(tuple, counts.values())) == {(9, 5)}
 
 
-def test_bfloat16_is_for_the_way_only(two: Found) -> None:
+def test_bfloat16_is_the_affair_of_autocast_alone(two: Found) -> None:
     assert two[1]["bfloat16"]["held"] == ["torch.float32"]
-    assert 1e-4 < two[1]["bfloat16"]["gap"] < 0.1
+    assert two[1]["bfloat16"]["gap"] < 0.01
 
 
 def test_clipping_muon_and_adamw_move_shards_as_they_move_the_whole(two: Found) -> None:
@@ -189,7 +189,7 @@ def test_one_process_needs_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (world.rank, world.size, world.first) == (0, 1, True)
     root = objective("llama")
     before = weights(root)
-    shard(root, list(root.model.model.layers), world, torch.bfloat16, replicas=3)
+    shard(root, list(root.model.model.layers), world, replicas=3)
     torch.testing.assert_close(weights(root), before, rtol=0, atol=0)
     assert total(world, [1, 0.5]) == [1.0, 0.5]
     assert whole_state(root.model).keys() == root.model.state_dict().keys()

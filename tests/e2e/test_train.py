@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import edit_weights, json_of, refusal, rondo, save_parent, weights_of
 
 from rondo.config import TrainConfig
@@ -259,13 +260,38 @@ def test_one_recipe_trains_the_twins(made: Path, tmp_path: Path) -> None:
     assert ours.keys() == random.keys()
 
 
+def test_a_trained_model_goes_on_in_its_own_mode(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode in ("static", "random"):
+        assert run(made, tmp_path / mode, "--budget.steps", 2, "--mode", mode) == 0
+    again = {"static": "static", "random": "recurrent"}
+    for first, mode in again.items():
+        final, out = tmp_path / first / "final", tmp_path / f"{first}-2"
+        words = ("train", final, "--data.sources", made / "text.txt", *FAST, "--budget.steps", 1)
+        wrong = "recurrent" if mode == "static" else "random"
+        capsys.readouterr()
+        assert rondo(*words, "--mode", wrong, "--output-dir", tmp_path / "wrong") == 2
+        assert f"was trained in mode {first}" in refusal(capsys)
+        assert rondo(*words, "--mode", mode, "--output-dir", out) == 0
+        assert json_of(out / "final/run.json")["training"]["mode"] == first
+        # It begins where the first training ended, not where that began.
+        loss = [metrics(where)[-1]["train/loss"] for where in (tmp_path / first, out)]
+        assert loss[1] < loss[0] + 0.3
+        before, after = (weights_of(where / "final") for where in (tmp_path / first, out))
+        name = next(one for one in before if "up_proj" in one)
+        assert (before[name] - after[name]).abs().max() < 2.1e-3
+
+
 def test_validation_measures_each_depth_and_the_loop(made: Path, tmp_path: Path) -> None:
     flags = ("--watch.data", made / "text.txt", "--watch.every", 2, "--watch.recurrences", 1, 3, 99)
+    # Depths beyond the cap are left out.
     assert run(made, tmp_path / "run", "--budget.steps", 5, *flags) == 0
     rows = metrics(tmp_path / "run")
     measured = [row for row in rows if "val/loss@r1" in row]
     assert [row["step"] for row in measured] == [2, 4, 5]
-    assert all(math.isfinite(row[f"val/loss@r{r}"]) for row in measured for r in (1, 3, 64))
+    assert all(math.isfinite(row[f"val/loss@r{r}"]) for row in measured for r in (1, 3))
+    assert not any("val/loss@r64" in row for row in measured)
     assert measured[0]["val/loss@r1"] > measured[-1]["val/loss@r1"]
     assert all("loop/gain" in row for row in measured)
     assert run(made, tmp_path / "twin", "--budget.steps", 2, "--mode", "static", *flags) == 0
@@ -316,6 +342,14 @@ def test_adapters_are_folded_into_what_is_written(made: Path, tmp_path: Path) ->
     assert metrics(out)[-1]["val/loss@r2"] == pytest.approx(float(loss), rel=1e-4)
 
 
+def test_adapters_in_bfloat16_are_watched_and_move_in_float32(made: Path, tmp_path: Path) -> None:
+    flags = ("--lora.rank", 2, "--machine.dtype", "bfloat16", "--watch.data", made / "text.txt")
+    assert run(made, tmp_path / "run", "--budget.steps", 3, *flags) == 0
+    assert "loop/gain" in metrics(tmp_path / "run")[-1]
+    (state,) = (tmp_path / "run" / "step_000003").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(state).values()} == {torch.float32}
+
+
 def test_a_parent_teaches(made: Path, tmp_path: Path) -> None:
     flags = ("--loss.kind", "deep+distil", "--loss.shallow", "first", "--budget.steps", 3)
     assert run(made, tmp_path / "alone", *flags) == 0
@@ -349,7 +383,10 @@ def test_settings_of_the_machine_may_change_when_a_run_goes_on(
     monkeypatch.setattr(train, "train_step", step)
     capsys.readouterr()
     assert rondo("train", out, "--resume", "--optimizer.lr", 1) == 2
-    assert "leave out optimizer.lr" in refusal(capsys)
+    assert "another optimizer.lr" in refusal(capsys)
+    # What equals a default of ours is asked for all the same.
+    assert rondo("train", out, "--resume", "--optimizer.lr", 5e-5) == 2
+    assert "another optimizer.lr" in refusal(capsys)
     other = ("--batch.micro-batch-size", 1, "--machine.activation-checkpointing", "iteration")
     assert rondo("train", out, "--resume", *other) == 0
     assert len(metrics(out)) == 2

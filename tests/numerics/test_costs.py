@@ -164,11 +164,16 @@ def test_parameters_are_those_the_model_holds(family: str, injection: str) -> No
 @pytest.mark.parametrize(
     ("depth", "window"), [(1, None), (3, None), (4, 2), (5, 1), (2, 8)], ids=str
 )
+@pytest.mark.parametrize("frozen", [False, True])
 def test_executed_flops_are_those_torch_counts(
-    family: str, injection: str, depth: int, window: int | None
+    family: str, injection: str, depth: int, window: int | None, frozen: bool
 ) -> None:
     model = recurrent(family, injection=injection, sizes=(1, 3, 2))
     costs = costs_of(model)
+    if frozen:  # as under adapters, where the first layer's output has gradient all the same
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() < 2)
+        model.model.embed_tokens.register_forward_hook(lambda *call: call[-1].requires_grad_())
     # This kernel recomputes nothing, so its backward pass is exactly twice its forward pass.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(IDS, labels=IDS, num_recurrences=depth, backprop_depth=window)
@@ -176,7 +181,7 @@ def test_executed_flops_are_those_torch_counts(
         output.loss.backward()
     tokens = BATCH * LENGTH
     assert forward == tokens * costs.forward_flops(depth, LENGTH)
-    expected = tokens * costs.train_flops(depth, window or depth, LENGTH)
+    expected = tokens * costs.train_flops(depth, window or depth, LENGTH, frozen)
     assert counter.get_total_flops() == expected
 
 

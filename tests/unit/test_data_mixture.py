@@ -97,9 +97,12 @@ def test_phases_that_make_no_sense(phases: tuple[str, ...], told: str) -> None:
         read_mixture(DataConfig(phases=phases), 100)
 
 
-def test_sources_and_phases_exclude_each_other() -> None:
-    with pytest.raises(UserError, match="give only one"):
-        read_mixture(DataConfig(sources=("general",), phases=("1: math",)), 100)
+def test_phases_take_the_place_of_sources() -> None:
+    mixture = read_mixture(DataConfig(sources=("general",), phases=("1: math",)), 100)
+    assert list(mixture.sources) == ["sample math"]
+
+
+def test_a_text_may_not_be_named_twice() -> None:
     with pytest.raises(UserError, match="named twice"):
         read_mixture(DataConfig(sources=("math", "other=math")), 100)
 

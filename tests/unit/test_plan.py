@@ -250,7 +250,7 @@ def test_a_plan_reads_well_and_as_json(shape: str, capsys: pytest.CaptureFixture
     assert "4 steps" in text
     assert "GiB" in text
     assert "hours" not in text
-    assert max(map(len, text.splitlines()[1:])) <= 100
+    assert max(map(len, text.splitlines()[2:])) <= 100
     assert cli.main(["plan", shape, "--budget.steps", "4", "--throughput", "1e9", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["steps"] == 4
@@ -285,7 +285,7 @@ def test_the_parent_is_found_where_the_conversion_found_it(shape: str, tmp_path:
         ({"gpus": 2}, "cannot be shared equally by 2 processes"),
         ({"gpus": 3, "machine": {"replicas": 2}}, "machine.replicas 2 does not divide --gpus 3"),
         ({"recurrence": {"mean": 65}}, "must not exceed the cap of 64"),
-        ({"data": {"phases": ("half: math", "1: general")}}, "must read 'UNTIL: SOURCE ...'"),
+        ({"data": {"phases": ("half: math", "1: general")}}, "does not read UNTIL: SOURCE"),
         ({"data": {"phases": ("0.5: math",)}}, "must end at 1, not at 0.5"),
     ],
 )

@@ -1,12 +1,14 @@
 """How settings are read: from flags, from a YAML recipe, or from both."""
 
+import json
 import shlex
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import tyro
 import yaml
+from pydantic import Field
 
 from rondo.errors import UserError
 
@@ -28,6 +30,7 @@ class Config(pydantic.BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
 def load_yaml(cls: type[C], path: Path) -> C:
@@ -79,9 +82,15 @@ def explain(error: pydantic.ValidationError, group: str = "") -> str:
 
 
 def parse(cls: type[C], argv: list[str], prog: str) -> C:
-    """Read flags; a first word that ends in .yaml is a recipe, which flags then override."""
+    """Read flags; a first word that ends in .yaml is a recipe, which flags then override.
+
+    So is a run that goes on: `train RUN --resume` begins with the settings it has.
+    """
     default: Any = None
-    if argv and argv[0].endswith((".yaml", ".yml")):
+    if argv and "--resume" in argv and (fields := _settings_of_run(Path(argv[0]))):
+        default, argv = cls(**fields), argv[1:]
+        argv = [*(str(getattr(default, word)) for word in cls.words), *argv]
+    elif argv and argv[0].endswith((".yaml", ".yml")):
         default = load_yaml(cls, Path(argv[0]))
         argv = argv[1:]
         # The recipe has given the words already; asking for them again would be absurd.
@@ -90,6 +99,16 @@ def parse(cls: type[C], argv: list[str], prog: str) -> C:
             argv = [*given, *argv]
     options = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(cls, args=argv, default=default, prog=prog, config=options)
+
+
+def _settings_of_run(directory: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # no run, or a damaged one: what reads it next says so
+    if facts.get("kind") != "run":
+        return None
+    return {**facts["config"], "output_dir": str(directory), "overwrite": False}
 
 
 def command_line(config: Config) -> str:

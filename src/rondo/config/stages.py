@@ -5,12 +5,11 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field
 
-from rondo.config.base import Config
+from rondo.config.base import Config, Depths
 
 Injection = Literal["mix", "linear", "add"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StateInit = Literal["input", "zeros", "normal"]
-Depths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
 class ConvertConfig(Config):

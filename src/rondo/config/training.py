@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from rondo.config.base import Config
+from rondo.config.base import Config, Depths
 
 Distribution = Literal["poisson-lognormal", "poisson-lognormal-honest", "uniform", "fixed"]
 Schedule = Literal["none", "linear", "1-sqrt"]
@@ -20,7 +20,8 @@ class DataConfig(Config):
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("math",)
     """Texts, each [NAME=]WHERE[@WEIGHT]; WHERE is a sample (math, general), a file (.jsonl, .txt,
     .parquet, the first two also .gz or .zst), a folder of such files, or hub:REPO[:CONFIG[:SPLIT]]
-    for one of the datasets library. Weights are shares of the tokens, equal unless given."""
+    for one of the datasets library. Weights are shares of the rows, equal unless given. A blank
+    line ends a document of a .txt."""
     phases: tuple[str, ...] = ()
     """Mixtures that follow each other, in place of sources: 'UNTIL: SOURCE SOURCE ...', UNTIL
     being the fraction of the training at which the phase ends, 1 for the last."""
@@ -99,6 +100,8 @@ class LossConfig(Config):
 
     @model_validator(mode="after")
     def _shares(self) -> "LossConfig":
+        if self.parent_weight and self.kind != "deep+distil":
+            raise ValueError(f"parent_weight has no meaning with kind {self.kind}")
         if self.distil_weight + self.parent_weight > 1:
             raise ValueError(
                 f"distil_weight {self.distil_weight} and parent_weight {self.parent_weight} are "
@@ -155,7 +158,10 @@ class BudgetConfig(Config):
     def _one(self) -> "BudgetConfig":
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"the budget is given {len(given)} times ({', '.join(given)}): choose")
+            raise ValueError(
+                f"the budget is given {len(given)} times ({', '.join(given)}): choose, and take "
+                "back what a recipe says with None, as in --budget.steps None"
+            )
         return self
 
 
@@ -177,6 +183,16 @@ class BatchConfig(Config):
     """Length of the first sequences; seq_len is halved as long as it stays above."""
     seq_schedule_fraction: Fraction = 0.5
     """Part of the training after which sequences have seq_len."""
+
+    @model_validator(mode="after")
+    def _halves(self) -> "BatchConfig":
+        half = self.seq_len // 2
+        if self.seq_schedule == "doubling" and (self.seq_len % 2 or half < self.seq_schedule_start):
+            raise ValueError(
+                f"seq_len {self.seq_len} cannot be halved above seq_schedule_start "
+                f"{self.seq_schedule_start}, so doubling would do nothing"
+            )
+        return self
 
 
 class SafetyConfig(Config):
@@ -206,13 +222,13 @@ class WatchConfig(Config):
     """Held-out text for validation: a sample (math-test, general-test) or as in data.sources."""
     every: int = Field(50, ge=1)
     """Steps between validations."""
-    recurrences: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8)
+    recurrences: Depths = (1, 2, 4, 8)
     """Depths of the validation; those beyond the model's cap are left out."""
     rows: int = Field(16, ge=1)
     """Sequences of the validation."""
     telemetry: bool = True
-    """Also watch the loop at each validation: norms of its state, and how far an iteration expands
-    a disturbance; alarms are printed and recorded."""
+    """At each validation (which needs watch.data) also watch the loop: norms of its state, and how
+    far an iteration expands a disturbance; alarms are printed and recorded."""
     tracker: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
     """Send what goes to metrics.jsonl there as well."""
     project: str = "rondo"
@@ -281,7 +297,7 @@ class TrainConfig(Config):
     """Where it runs."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of data order, depth and initial state."""
     resume: bool = False
     """Go on where the run in output_dir stopped."""

@@ -4,6 +4,7 @@ Read in that order; `open_rows` in rows.py puts them together.
 """
 
 from rondo.data.documents import Documents, read_documents
+from rondo.data.mixture import read_phases
 from rondo.data.rows import Rows, TrainingRows, held_out_rows, open_rows
 from rondo.data.sources import SAMPLES
 from rondo.data.tokens import (
@@ -32,5 +33,6 @@ __all__ = [
     "pad_token",
     "padded_batches",
     "read_documents",
+    "read_phases",
     "separator_of",
 ]

@@ -68,11 +68,23 @@ def read_mixture(config: DataConfig, total_rows: int) -> Mixture:
     Raises:
         UserError: A source, a weight or a fraction is wrong.
     """
+    phases, start = [], Fraction(0)
+    for until, words in read_phases(config):
+        phases.append(Phase(round(start * total_rows), _sources(words)))
+        start = until
+    return Mixture(phases)
+
+
+def read_phases(config: DataConfig) -> list[tuple[Fraction, Sequence[str]]]:
+    """Return what is read up to which fraction of a training; no text is looked at.
+
+    Raises:
+        UserError: A phase cannot be read, or they do not follow each other up to 1.
+    """
     if not config.phases:
-        return Mixture([Phase(0, _sources(config.sources))])
-    if config.sources != DataConfig().sources:
-        raise UserError("data.phases take the place of data.sources: give only one of them")
-    phases, until = [], Fraction(0)
+        return [(Fraction(1), config.sources)]
+    phases: list[tuple[Fraction, Sequence[str]]] = []
+    until = Fraction(0)
     for text in config.phases:
         start, (fraction, _, specs) = until, text.partition(":")
         try:
@@ -84,10 +96,10 @@ def read_mixture(config: DataConfig, total_rows: int) -> Mixture:
                 f"the phase {text!r} must name a source and end between {float(start):g}, where "
                 "it begins, and 1"
             )
-        phases.append(Phase(round(start * total_rows), _sources(words)))
+        phases.append((until, words))
     if until != 1:
         raise UserError(f"the last of data.phases must end at 1, not at {float(until):g}")
-    return Mixture(phases)
+    return phases
 
 
 def _sources(specs: Sequence[str]) -> tuple[Source, ...]:

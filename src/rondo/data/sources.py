@@ -201,7 +201,7 @@ def _hub_dataset(source: Source, streaming: bool) -> Iterator[Any]:
         yield datasets.load_dataset(
             repo, config or None, split=split or "train", streaming=streaming
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot read {source.path}: {' '.join(str(error).split())}") from error
 
 

@@ -26,7 +26,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         return tokenizer
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{directory} has no tokenizer that can be loaded: {error}") from error
 
 

@@ -31,11 +31,12 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         if ".injection." in name or ".delta_" in name:
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # what moves by small steps
 
 
 def folded(state: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
-    """Return a whole state without adapters: each weight plus alpha / rank times B A."""
+    """Return a state without adapters: each weight plus alpha / rank times B A, in float32."""
     scale = config.alpha / config.rank
     plain = {}
     for name, tensor in state.items():
@@ -43,7 +44,7 @@ def folded(state: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torc
         if wrapped and rest == "weight":
             down, up = (state[f"{stem}.lora_{one}.default.weight"] for one in "AB")
             update = scale * (up.float() @ down.float())
-            plain[f"{stem}.weight"] = (tensor.float() + update).to(tensor.dtype)
+            plain[f"{stem}.weight"] = tensor.float() + update
         elif ".lora_" not in name:
             plain[f"{stem}.{rest}" if wrapped else name] = tensor
     return plain

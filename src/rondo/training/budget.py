@@ -38,11 +38,13 @@ class StepPlan:
     Attributes:
         draws: One per equal share of the sequences.
         mean: What the curriculum asks for.
+        window: Most iterations that carry gradient.
         seq_len: Tokens per sequence; the number of sequences grows as they shrink.
     """
 
     draws: tuple[Draw, ...]
     mean: int
+    window: int
     seq_len: int
 
 
@@ -55,7 +57,7 @@ def step_plan(config: TrainConfig, cap: int, step: int, total_steps: int) -> Ste
             step, total_steps, seq_len, batch.seq_schedule_start, batch.seq_schedule_fraction
         )
     if config.mode == "static":
-        return StepPlan((Draw(Depth(1, 1), None),) * setting.draws_per_step, 1, seq_len)
+        return StepPlan((Draw(Depth(1, 1), None),) * setting.draws_per_step, 1, 1, seq_len)
     mean = scheduled_mean(
         step,
         total_steps,
@@ -74,7 +76,7 @@ def step_plan(config: TrainConfig, cap: int, step: int, total_steps: int) -> Ste
         _draw(config, min(setting.cap or cap, cap), step, number, mean, window)
         for number in range(setting.draws_per_step)
     )
-    return StepPlan(draws, mean, seq_len)
+    return StepPlan(draws, mean, window, seq_len)
 
 
 def _draw(config: TrainConfig, cap: int, step: int, number: int, mean: int, window: int) -> Draw:
@@ -95,7 +97,7 @@ def step_flops(
     """Return the training FLOPs of a step, forward and backward, without doing it.
 
     What is computed a second time to save memory (the head's chunks, checkpointed activations) is
-    not counted.
+    not counted, nor the weight gradients of adapters, which are few.
 
     Args:
         config: The run.
@@ -103,14 +105,15 @@ def step_flops(
         plan: The step.
         parent: Costs of the parent, where it teaches.
     """
-    length, total = plan.seq_len, 0
+    length, total, frozen = plan.seq_len, 0, config.lora.rank > 0
     for draw in plan.draws:
-        total += costs.train_flops(*draw.depth, length)
+        total += costs.train_flops(*draw.depth, length, frozen)
         if draw.shallow is not None:
             # Coda and head run once more, forward and backward; where the shallow output lies
             # before the window, the iterations that lead to it carry gradient as well.
-            total += 3 * costs.finish_flops(length)
-            total += 2 * costs.iteration_flops(length) * extra_iterations(draw)
+            extra = extra_iterations(draw)
+            total += 3 * costs.finish_flops(length) + 2 * extra * costs.iteration_flops(length)
+            total -= frozen * (costs.finish_flops(0) + extra * costs.iteration_flops(0))
             if parent is not None:
                 total += parent.forward_flops(1, length)
     return float(total * step_tokens(config) // len(plan.draws))
@@ -118,7 +121,7 @@ def step_flops(
 
 def paper_step_flops(config: TrainConfig, costs: Costs, plan: StepPlan) -> float:
     """Return a step's training FLOPs in the paper's account: layers only, at the nominal mean."""
-    per_token = costs.paper_train_flops(plan.mean, config.recurrence.backprop_depth)
+    per_token = costs.paper_train_flops(plan.mean, plan.window)
     if config.mode == "static":
         per_token += 6 * costs.norm_parameters
     return float(per_token * step_tokens(config))

@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from rondo.errors import UserError
@@ -42,10 +42,17 @@ def join(device: str, timeout_minutes: float = 10.0) -> World:
         timeout_minutes: How long a rank waits for the others before it gives up.
 
     Raises:
-        UserError: The device does not exist here, or there are more processes than GPUs.
+        UserError: The device does not exist here, there are more processes than GPUs, or several
+            processes were started that do not know of each other.
     """
     chosen = choose_device(device)
-    size = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+    launched = distributed.is_torchelastic_launched()
+    if not launched and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError(
+            "srun started several processes that do not know of each other: let it start one "
+            "torchrun per machine (docs/guides/multi-node.md)"
+        )
+    size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if size == 1:
         return World(0, 1, chosen)
     if chosen.type == "cuda":
@@ -71,19 +78,18 @@ def leave(world: World) -> None:
         distributed.destroy_process_group()
 
 
-def shard(
-    root: nn.Module, once: Sequence[nn.Module], world: World, dtype: torch.dtype, replicas: int
-) -> None:
+def shard(root: nn.Module, once: Sequence[nn.Module], world: World, replicas: int) -> None:
     """Split the weights of a model over the ranks, in place; make optimizers afterwards.
 
-    Gradients become means over the ranks. Only the forward of `root` may be called from then on.
+    Weights are gathered and gradients summed in float32, so that bfloat16 is the affair of autocast
+    alone and many ranks compute what one does. Gradients become means over the ranks. Only the
+    forward of `root` may be called from then on.
 
     Args:
         root: What is called. It owns all weights not under `once`, the core's among them, and
             they are gathered once per forward, not once per iteration.
         once: Layers outside the loop, each gathered when its turn comes.
         world: The processes.
-        dtype: bfloat16 to gather and compute in it; weights and gradients stay in float32.
         replicas: Groups of ranks that each hold the whole model (HSDP).
 
     Raises:
@@ -100,11 +106,8 @@ def shard(
     mesh = init_device_mesh(
         world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
     )
-    policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*once, root):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,6 +11,9 @@ from rondo.config import command_line
 from rondo.training import adapters, distributed
 from rondo.training.setup import Run
 
+# Files that hold weights of what the run began with, whatever their format.
+WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack"}
+
 
 @torch.no_grad()
 def write_final(run: Run) -> None:
@@ -27,15 +30,16 @@ def write_final(run: Run) -> None:
 
 
 def _write(run: Run, state: dict[str, torch.Tensor]) -> None:
-    final, partial = run.directory / "final", run.directory / ".final"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    run.model.save_pretrained(partial, state_dict=state)
-    written = {path.name for path in partial.iterdir()}
-    for path in run.model_directory.iterdir():
-        weights = path.name.startswith("model") and ".safetensors" in path.name
-        if path.is_file() and path.name not in written and not weights:
-            shutil.copyfile(path, partial / path.name)
+    with provenance.staged(run.directory / "final") as partial:
+        run.model.save_pretrained(partial, state_dict=state)
+        written = {path.name for path in partial.iterdir()}
+        for path in run.model_directory.iterdir():
+            if path.is_file() and path.name not in written and not set(path.suffixes) & WEIGHTS:
+                shutil.copyfile(path, partial / path.name)
+        _describe(run, partial)
+
+
+def _describe(run: Run, partial: Path) -> None:
     (partial / "README.md").write_text(model_card(run), encoding="utf-8")
     before = provenance.read_json(Path(run.config.model) / "run.json")
     facts = {
@@ -46,8 +50,6 @@ def _write(run: Run, state: dict[str, torch.Tensor]) -> None:
         "training": training_facts(run),
     }
     provenance.write_json(partial / "run.json", provenance.record(run.config, **facts))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
 
 
 def model_card(run: Run) -> str:
@@ -65,9 +67,11 @@ def training_facts(run: Run) -> dict[str, Any]:
     """Return what a report says about the training."""
     config, progress, setting = run.config, run.progress, run.config.recurrence
     static = config.mode == "static"
+    before = provenance.read_json(Path(config.model) / "run.json").get("training", {}).get("mode")
     sources = run.rows.facts
     return {
-        "mode": config.mode,
+        # What began with random weights stays their twin.
+        "mode": "random" if before == "random" else config.mode,
         "tokens": progress.tokens,
         "steps": progress.step,
         "flops": progress.flops,

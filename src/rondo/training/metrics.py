@@ -49,7 +49,7 @@ class Metrics:
     ):
         module = None if watch.tracker == "none" else import_tracker(watch.tracker)
         self._directory = directory
-        self._keep_steps(first_step)
+        self._keep_steps(first_step, first_step)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -92,7 +92,7 @@ class Metrics:
         """Forget the steps beyond one, which will be made again; events stay."""
         self._file.close()
         self._bar.update(step - self._step)
-        self._keep_steps(step)
+        self._keep_steps(step, self._step)
 
     def close(self) -> None:
         """Close tracker, file and bar."""
@@ -111,10 +111,10 @@ class Metrics:
         self._file.flush()
         return row
 
-    def _keep_steps(self, last: int) -> None:
+    def _keep_steps(self, last: int, last_event: int) -> None:
         path, fresh = self._directory / FILE, self._directory / f".{FILE}"
         lines = read_metrics(self._directory)
-        rows = [row for row in lines if "event" in row or row["step"] <= last]
+        rows = [row for row in lines if row["step"] <= (last_event if "event" in row else last)]
         fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         fresh.replace(path)
         self._file = path.open("a", encoding="utf-8")
@@ -168,7 +168,7 @@ def start_tracker(
         return Tracker(log, writer.close)
     module.init(
         project=watch.project,
-        name=directory.name,
+        name="/".join(directory.resolve().parts[-2:]),
         config=config,
         resume="allow" if first_step else "never",
     )

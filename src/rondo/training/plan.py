@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rondo import provenance
 from rondo.config import PlanConfig
+from rondo.data import read_phases
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
 from rondo.loading import fetch
@@ -69,13 +70,13 @@ def shape_directory(model: Path) -> Path:
     Raises:
         UserError: In neither.
     """
-    for place in (model, *(RECIPES / part for part in model.parts)):
+    recipe = () if model.is_absolute() or model.is_dir() else model.parts[1:2]
+    for place in (model, *(RECIPES / part for part in recipe)):
         if (place / "config.json").is_file():
             return place
     raise UserError(
-        f"there is no config.json in {model}, nor in a folder of {RECIPES}/ that its path names: "
-        "make the model with rondo convert, or name a directory that has the config.json of its "
-        "shape"
+        f"there is no config.json in {model}, and no recipes/NAME stands in for an out/NAME/..: "
+        "make the model with rondo convert, or name a directory that has a config.json of its shape"
     )
 
 
@@ -119,8 +120,8 @@ def subject(config: PlanConfig) -> Subject:
     """Build the model to be trained, in the types it has while it computes."""
     recurrent, asked = config.mode != "static", config.machine.dtype
     dtype = torch.bfloat16 if asked == "auto" else getattr(torch, asked)
-    # Sharded weights are gathered in the type of the computation, frozen ones are kept in it.
-    held = dtype if config.lora.rank or config.gpus > 1 else torch.float32
+    # What trains is float32, and what is sharded is alike; alone, frozen weights are held in less.
+    held = dtype if config.lora.rank and config.gpus == 1 else torch.float32
     directory = shape_directory(Path(config.model))
     model = build(directory if recurrent else parent_directory(directory), recurrent, held)
     count = costs_of if recurrent else costs_of_parent
@@ -153,8 +154,8 @@ def phases(
     optimizer, depth, batch = config.optimizer, config.recurrence, config.batch
     warmup = math.ceil(optimizer.warmup_fraction * total_steps)
     decay = total_steps - math.ceil(optimizer.decay_fraction * total_steps)
-    mixtures = read_mixtures(config)
-    ramps = [until for until, _ in mixtures]
+    mixtures = read_phases(config.data)
+    ramps = [float(until) for until, _ in mixtures]
     if batch.seq_schedule != "none":
         ramps.append(batch.seq_schedule_fraction)
     if this.recurrent and depth.schedule != "none":
@@ -172,7 +173,9 @@ def phases(
                 "until": stop / total_steps,
                 "last_step": stop,
                 "learning_rate": rate,
-                "data": next(text for until, text in mixtures if start / total_steps < until),
+                "data": next(
+                    " ".join(text) for until, text in mixtures if start / total_steps < until
+                ),
             }
             | summary(config, this, plans)
         )
@@ -180,23 +183,6 @@ def phases(
         window = max(window, *(one.depth.backprop_depth + extra_iterations(one) for one in draws))
         outputs = max(outputs, *(1 if one.shallow is None else 2 for one in draws))
     return rows, window, outputs
-
-
-def read_mixtures(config: PlanConfig) -> list[tuple[float, str]]:
-    """Return what is read up to which fraction of the training; no text is looked at.
-
-    Raises:
-        UserError: A phase cannot be read.
-    """
-    phases = config.data.phases or (f"1: {' '.join(config.data.sources)}",)
-    parts = [phase.partition(":") for phase in phases]
-    try:
-        found = [(float(until), text.strip()) for until, _, text in parts]
-    except ValueError as error:
-        raise UserError(f"data.phases must read 'UNTIL: SOURCE ...', not {phases}") from error
-    if found[-1][0] != 1:
-        raise UserError(f"the last of data.phases must end at 1, not at {found[-1][0]:g}")
-    return found
 
 
 def summary(config: PlanConfig, this: Subject, plans: list[StepPlan]) -> dict[str, Any]:
@@ -280,9 +266,11 @@ def memory(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes one process needs by use, and its activations by kind of checkpointing."""
     shards, size = config.gpus // config.machine.replicas, this.dtype.itemsize
-    weights, trained = list(this.model.parameters()), this.parameters["trained"]
+    trained = this.parameters["trained"]
+    frozen = (size if config.gpus == 1 else 4) * (this.parameters["total"] - trained)
+    weights = list(this.model.parameters())
     found = {
-        "weights": (4 * trained + size * (this.parameters["total"] - trained)) // shards,
+        "weights": (4 * trained + frozen) // shards,
         "gradients": 4 * trained // shards,
         "moments": moment_bytes(config, this.model) // shards,
         "average": 4 * trained // shards if config.optimizer.ema_decay else 0,
@@ -298,10 +286,9 @@ def memory(
         root = [one for one in weights if one not in elsewhere]
         layer = max(sum(one.numel() for one in each.parameters()) for each in apart)
         # While one layer outside the root group computes, the next is gathered; gradients exist as
-        # they are computed and in float32 as they are summed over the processes.
+        # they are computed and as they are summed over the processes. All are float32.
         learned = sum(one.numel() for one in root if one.requires_grad)
-        found["gathered"] = size * (sum(one.numel() for one in root) + 2 * layer)
-        found["gathered"] += (size + 4) * learned
+        found["gathered"] = 4 * (sum(one.numel() for one in root) + 2 * layer + 2 * learned)
     length, lean = config.batch.seq_len, this.dtype != torch.float32
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -334,9 +321,10 @@ def forecast(config: PlanConfig) -> dict[str, Any]:
     flops, trained = sum(row["flops"] for row in rows), this.parameters["trained"]
     copies = 2 if config.optimizer.ema_decay else 1
     state = 4 * copies * trained + moment_bytes(config, this.model)
-    final = 4 * trained + this.dtype.itemsize * (this.parameters["total"] - trained)
+    final = 4 * this.parameters["total"]
     return {
         "model": config.model,
+        "shape": str(shape_directory(Path(config.model)) / "config.json"),
         "mode": config.mode,
         "parameters": this.parameters,
         "steps": total_steps,
@@ -362,7 +350,8 @@ def forecast(config: PlanConfig) -> dict[str, Any]:
 def describe(plan: dict[str, Any]) -> Iterator[str]:
     """Yield a plan as lines to read."""
     sequences, length = plan["micro_batch"]
-    yield f"{plan['mode']} training of {plan['model']} on {plan['gpus']} x {plan['dtype']}\n"
+    yield f"{plan['mode']} training of {plan['model']} on {plan['gpus']} x {plan['dtype']}"
+    yield f"  as {plan['shape']} has it\n"
     for part, count in plan["parameters"].items():
         if count:
             yield f"  {part:<12}{count:>16,} parameters"

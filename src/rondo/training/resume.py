@@ -12,8 +12,7 @@ FREE = (
     "output_dir",
     "resume",
     "overwrite",
-    "safety.save_every",
-    "safety.keep_last",
+    "safety.",
     "watch.",
     "machine.",
     "batch.micro_batch_size",
@@ -30,35 +29,6 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted settings as groups."""
-    groups: dict[str, Any] = {}
-    for name, value in flat.items():
-        group, _, key = name.rpartition(".")
-        (groups.setdefault(group, {}) if group else groups)[key] = value
-    return groups
-
-
-def resumed_config(config: TrainConfig) -> TrainConfig:
-    """Return the config to go on with: `rondo train RUN --resume` takes the run's own.
-
-    Raises:
-        UserError: A setting is given that would make it another run.
-    """
-    given = Path(config.model)
-    if not config.resume or not (given / "run.json").is_file():
-        return config
-    facts = provenance.read_json(given / "run.json")
-    if facts.get("kind") != "run":
-        return config
-    asked = flattened(config.model_dump(mode="json", exclude_defaults=True, exclude={"model"}))
-    fixed = sorted(name for name in asked if not name.startswith(FREE))
-    if fixed:
-        raise UserError(f"{given} goes on with its own settings: leave out {', '.join(fixed)}")
-    stored = flattened(facts["config"])
-    return TrainConfig(**nested({**stored, **asked, "output_dir": str(given), "resume": True}))
 
 
 def stored_facts(config: TrainConfig, directory: Path) -> dict[str, Any] | None:

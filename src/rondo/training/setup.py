@@ -20,6 +20,7 @@ from rondo.training import adapters, distributed, optim
 from rondo.training.budget import plan_steps
 from rondo.training.distributed import World
 from rondo.training.initial import initialize
+from rondo.training.metrics import import_tracker
 from rondo.training.objective import Objective
 from rondo.training.throughput import matmul_peak
 
@@ -79,11 +80,15 @@ def setup(config: TrainConfig, world: World, stored: dict[str, Any] | None) -> R
         UserError: A directory, the text or a setting does not fit.
     """
     share(config, world.size)
+    if world.first and config.watch.tracker != "none":
+        import_tracker(config.watch.tracker)
     model_directory, parent = directories(config)
     dtype = provenance.choose_dtype(config.machine.dtype, world.device)
-    if stored:
+    # What is measured may differ between processes: the first one's answer is everyone's.
+    dtype = getattr(torch, distributed.gather(world, str(dtype).removeprefix("torch."))[0])
+    if stored and config.machine.dtype == "auto":
         dtype = getattr(torch, stored["dtype"])
-    model = load(config, model_directory, dtype)
+    model = load(config, model_directory, dtype if world.size == 1 else torch.float32)
     recurrent = config.mode != "static"
     costs = costs_of(model) if recurrent else costs_of_parent(model)
     cap = model.config.max_recurrences if recurrent else 1
@@ -103,7 +108,7 @@ def setup(config: TrainConfig, world: World, stored: dict[str, Any] | None) -> R
     held_out = None
     if watch.data:
         held_out = held_out_rows(watch.data, config.data, tokenizer, length, watch.rows)
-    objective = prepare(config, world, model, teacher, recurrent, dtype)
+    objective = prepare(config, world, model, teacher, recurrent)
     return Run(
         config=config,
         world=world,
@@ -163,8 +168,15 @@ def directories(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
     facts = provenance.read_json(directory / "run.json")
     if "parent" not in facts:
         raise UserError(f"{config.model} is no recurrent checkpoint: make one with rondo convert")
-    if config.mode == "static":
-        return parent_directory(facts["parent"]), facts["parent"]
+    before = facts.get("training", {}).get("mode")
+    if before and config.mode != ("static" if before == "static" else "recurrent"):
+        raise UserError(
+            f"{config.model} was trained in mode {before}, and mode {config.mode} would not go on "
+            f"from it: train it in mode {'static' if before == 'static' else 'recurrent'}, or name "
+            "the converted model"
+        )
+    if config.mode == "static" and before is None:
+        directory = parent_directory(facts["parent"])
     return directory, facts["parent"]
 
 
@@ -186,7 +198,7 @@ def parent_directory(parent: dict[str, Any]) -> Path:
 
 
 def load(config: TrainConfig, directory: Path, dtype: torch.dtype) -> Any:
-    """Return the model to train, in float32; frozen under adapters, it stays in the run's dtype.
+    """Return the model to train, in float32; what adapters freeze, in a dtype of its own.
 
     Raises:
         UserError: The directory holds none of this kind, or adapters do not fit.
@@ -207,7 +219,7 @@ def load(config: TrainConfig, directory: Path, dtype: torch.dtype) -> Any:
 
 
 def prepare(
-    config: TrainConfig, world: World, model: Any, teacher: Any, recurrent: bool, dtype: torch.dtype
+    config: TrainConfig, world: World, model: Any, teacher: Any, recurrent: bool
 ) -> Objective:
     """Return the module that training calls: checkpointing, then compilation, then sharding."""
     machine = config.machine
@@ -224,6 +236,9 @@ def prepare(
         for layer in model.model.core if recurrent else ():
             layer.gradient_checkpointing = False  # its iteration is recomputed as a whole
     if machine.compile:
+        # With gradient or without, while training or validating, short sequences or long: more
+        # variants than the compiler keeps unasked. Depth is none of them.
+        torch._dynamo.config.recompile_limit = 64
         for layer in layers:
             layer.compile()
     objective = Objective(
@@ -235,7 +250,7 @@ def prepare(
     )
     if world.size == 1:
         return objective.to(world.device)
-    distributed.shard(objective, once, world, dtype, machine.replicas)
+    distributed.shard(objective, once, world, machine.replicas)
     return objective
 
 
@@ -247,6 +262,12 @@ def check_depths(config: TrainConfig, cap: int) -> None:
     """
     setting = config.recurrence
     most = min(setting.cap or cap, cap)
+    deepest = 2 * setting.mean - setting.minimum if setting.distribution == "uniform" else 0
+    if (setting.cap and setting.cap > cap) or deepest > most:
+        raise UserError(
+            f"recurrence.cap {setting.cap} or the deepest of a uniform depth, {deepest}, exceeds "
+            f"the cap of {most} (max_recurrences in the model's config.json)"
+        )
     if max(setting.minimum, setting.mean) > most:
         raise UserError(
             f"recurrence.mean {setting.mean} and minimum {setting.minimum} must not exceed the "

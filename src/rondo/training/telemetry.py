@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -36,10 +37,12 @@ def loop_health(
         state_seed: Seed of a `normal` initial state.
     """
     body = model.model
-    # In the precision of the weights, and eagerly: compiled layers would be compiled once more.
+    # In the precision of the weights, unless they differ (adapters) and need autocast to meet; and
+    # eagerly: compiled layers would be compiled once more.
+    alike = len({parameter.dtype for parameter in model.parameters()}) == 1
     with (
         torch.no_grad(),
-        torch.autocast(input_ids.device.type, enabled=False),
+        torch.autocast(input_ids.device.type, enabled=False) if alike else nullcontext(),
         torch.compiler.set_stance("force_eager"),
     ):
         embeds = body.embed(input_ids)

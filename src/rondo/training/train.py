@@ -32,7 +32,7 @@ from rondo.training.distributed import World
 from rondo.training.final import write_final
 from rondo.training.metrics import Metrics
 from rondo.training.recurrence import row_seeds, step_generator
-from rondo.training.resume import prepare_directory, resumed_config, stored_facts
+from rondo.training.resume import prepare_directory, stored_facts
 from rondo.training.setup import Progress, Run, setup, share
 from rondo.training.telemetry import alarms
 
@@ -128,6 +128,7 @@ def train_step(run: Run, wishes: list[int]) -> tuple[dict[str, Any], bool]:
         "train/lr_factor": factor,
         "train/recurrence": sum(depths) / len(depths),
         "train/seq_len": plan.seq_len,
+        "train/rows": progress.rows,
         "train/tokens": progress.tokens,
         "train/flops": progress.flops,
         "train/flops_paper": progress.flops_paper,
@@ -164,14 +165,16 @@ def validation(run: Run) -> dict[str, float]:
     row = {f"val/loss@r{r}": loss / counted for r, loss in zip(depths, losses, strict=True)}
     if config.mode != "static" and config.watch.telemetry:
         ids = run.held_out.input_ids[:1].to(world.device)
-        row |= run.objective("health", ids, max(depths))
+        with precision(run):
+            row |= run.objective("health", ids, max(depths))
     run.objective.train()
     return row
 
 
 def validated_depths(run: Run) -> tuple[int, ...]:
     """Return the depths of the validation that the model has."""
-    return tuple(sorted({min(one, run.cap) for one in run.config.watch.recurrences}))
+    depths = {one for one in run.config.watch.recurrences if one <= run.cap}
+    return tuple(sorted(depths or {run.cap}))
 
 
 @contextmanager
@@ -234,10 +237,13 @@ def roll_back(run: Run, metrics: Metrics | None) -> None:
         UserError: It has done so too often, or there is nothing to go back to.
     """
     spent = run.progress
-    advice = "lower the learning rate, or look at the text near the rows named in metrics.jsonl"
+    advice = (
+        "start anew with a lower learning rate or without the text near those rows, or resume with "
+        "another safety.spike_factor"
+    )
     if spent.rollbacks >= run.config.safety.max_rollbacks or not restore(run):
         raise UserError(
-            f"{spent.skipped_in_a_row} steps in a row were skipped up to step {spent.step}, after "
+            f"{spent.skipped_in_a_row} steps in a row were skipped up to row {spent.rows}, after "
             f"{spent.rollbacks} rollbacks; no such step reached the weights: {advice}"
         )
     step = run.progress.step
@@ -245,6 +251,8 @@ def roll_back(run: Run, metrics: Metrics | None) -> None:
     for name in ("rows", "tokens", "flops", "flops_paper", "seconds", "skipped"):
         setattr(run.progress, name, getattr(spent, name))
     run.progress.rollbacks = spent.rollbacks + 1
+    # A new start: neither the streak nor the median of what came before it counts.
+    run.progress.skipped_in_a_row, run.progress.recent = 0, []
     if metrics is not None:
         metrics.event(step, "rollback", skipped_to_row=spent.rows, from_step=spent.step)
         metrics.rewind(step)
@@ -274,7 +282,7 @@ def loop(run: Run, metrics: Metrics | None) -> bool:
                     metrics.event(step, "alarm", text=alarm)
             if run.progress.skipped_in_a_row >= safety.patience:
                 roll_back(run, metrics)
-            elif stop or step % safety.save_every == 0:
+            elif stop or (step % safety.save_every == 0 and not run.progress.skipped_in_a_row):
                 save(run)
     return run.progress.step >= run.total_steps
 
@@ -298,8 +306,9 @@ def begin(run: Run, stored: dict[str, Any] | None) -> None:
         return
     distributed.barrier(world)
     if world.first:
-        shutil.rmtree(run.directory, ignore_errors=True)
-        run.directory.mkdir(parents=True)
+        run.directory.mkdir(parents=True, exist_ok=True)
+        for path in run.directory.iterdir():  # the directory itself may be a link or a mount
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         facts = {
             "kind": "run",
             "data": run.rows.facts,
@@ -318,7 +327,6 @@ def run(config: TrainConfig) -> None:
         UserError: Something the user can mend.
         KeyboardInterrupt: The user stopped twice; the last saved state is whole.
     """
-    config = resumed_config(config)
     world = distributed.join(config.machine.device)
     try:
         train(config, world)
@@ -360,6 +368,8 @@ def train(config: TrainConfig, world: World) -> None:
     if not finished:
         tell(f"stopped after step {progress.step}; go on: rondo train {directory} --resume")
         return
+    if progress.step % config.safety.save_every:
+        save(this)  # should final/ not be written, nothing is lost
     write_final(this)
     tell(
         f"wrote {directory / 'final'}: {progress.tokens:,} tokens, {progress.flops:.3g} FLOPs, "

@@ -10,11 +10,9 @@ perform no matrix product and are not counted; nor is the optimizer's work.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import Any
 
 from torch import nn
-
-from rondo.config import Schedule
 
 
 @dataclass(frozen=True)
@@ -148,59 +146,6 @@ class Costs:
     def kv_bytes(self, num_recurrences: int, bytes_per_value: int = 2) -> int:
         """Cache bytes per token; two bytes a value is bfloat16."""
         return bytes_per_value * self.kv_values(num_recurrences)
-
-
-def static_train_flops(non_embedding_parameters: int) -> int:
-    """Training FLOPs per token of a model without recurrence in the paper's account.
-
-    The paper's count for these models includes the final norm.
-    """
-    return 6 * non_embedding_parameters
-
-
-def paper_total_flops(
-    costs: Costs,
-    mean: int,
-    steps: int,
-    total_steps: int,
-    tokens_per_step: int,
-    schedule: Schedule,
-    fraction: float,
-    window: int = 8,
-) -> int:
-    """Training FLOPs of the first `steps` steps of a `total_steps` run in the paper's account.
-
-    Args:
-        costs: The model.
-        mean: Mean recurrence after the curriculum.
-        steps: Optimizer steps to account for.
-        total_steps: Optimizer steps the curriculum was laid out for.
-        tokens_per_step: Tokens per optimizer step, over all ranks and micro-batches.
-        schedule: How the mean grows towards `mean`.
-        fraction: Part of `total_steps` over which it grows.
-        window: Most iterations that carry gradient.
-    """
-    # The paper rounds the ramp down here and up in training; its totals need its rounding.
-    ramp_steps = 0 if schedule == "none" else int(fraction * total_steps)
-    flops_per_token = max(0, steps - ramp_steps) * costs.paper_train_flops(mean, window)
-    for level in range(1, mean + 1):
-        start, end = (_ramp_end(schedule, m, mean, ramp_steps) for m in (level - 1, level))
-        steps_at_level = min(end, steps) - min(start, steps)
-        flops_per_token += steps_at_level * costs.paper_train_flops(level, window)
-    return tokens_per_step * flops_per_token
-
-
-def _ramp_end(schedule: Schedule, level: int, mean: int, ramp_steps: int) -> int:
-    """First step at which the accounted mean exceeds `level`."""
-    match schedule:
-        case "none":
-            return 0
-        case "linear":
-            return ramp_steps * level // mean
-        case "1-sqrt":
-            return ramp_steps * (mean**2 - (mean - level) ** 2) // mean**2
-        case unknown:
-            assert_never(unknown)
 
 
 def costs_of(model: Any) -> Costs:

@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from rondo.flops import Costs, paper_total_flops, static_train_flops
+from rondo.config import Schedule
+from rondo.flops import Costs
 
 PAPER: dict[str, Any] = json.loads((Path(__file__).parent / "data/paper_flops.json").read_text())
 RETROFITS: dict[str, Any] = PAPER["retrofits"]
@@ -28,6 +29,62 @@ TINY = {
     "qk_norm": False,
 }
 TINY_SHAPE = (1, 3, 2)
+
+
+# The paper's accounting of whole runs, of which a training counts its own steps only.
+
+
+def static_train_flops(non_embedding_parameters: int) -> int:
+    """Training FLOPs per token of a model without recurrence in the paper's account.
+
+    The paper's count for these models includes the final norm.
+    """
+    return 6 * non_embedding_parameters
+
+
+def paper_total_flops(
+    costs: Costs,
+    mean: int,
+    steps: int,
+    total_steps: int,
+    tokens_per_step: int,
+    schedule: Schedule,
+    fraction: float,
+    window: int = 8,
+) -> int:
+    """Training FLOPs of the first `steps` steps of a `total_steps` run in the paper's account.
+
+    Args:
+        costs: The model.
+        mean: Mean recurrence after the curriculum.
+        steps: Optimizer steps to account for.
+        total_steps: Optimizer steps the curriculum was laid out for.
+        tokens_per_step: Tokens per optimizer step, over all ranks and micro-batches.
+        schedule: How the mean grows towards `mean`.
+        fraction: Part of `total_steps` over which it grows.
+        window: Most iterations that carry gradient.
+    """
+    # The paper rounds the ramp down here and up in training; its totals need its rounding.
+    ramp_steps = 0 if schedule == "none" else int(fraction * total_steps)
+    flops_per_token = max(0, steps - ramp_steps) * costs.paper_train_flops(mean, window)
+    for level in range(1, mean + 1):
+        start, end = (_ramp_end(schedule, m, mean, ramp_steps) for m in (level - 1, level))
+        steps_at_level = min(end, steps) - min(start, steps)
+        flops_per_token += steps_at_level * costs.paper_train_flops(level, window)
+    return tokens_per_step * flops_per_token
+
+
+def _ramp_end(schedule: Schedule, level: int, mean: int, ramp_steps: int) -> int:
+    """First step at which the accounted mean exceeds `level`."""
+    match schedule:
+        case "none":
+            return 0
+        case "linear":
+            return ramp_steps * level // mean
+        case "1-sqrt":
+            return ramp_steps * (mean**2 - (mean - level) ** 2) // mean**2
+        case unknown:
+            assert_never(unknown)
 
 
 def decoder_costs(base: dict[str, Any], shape: tuple[int, int, int], tied: bool = False) -> Costs:

@@ -15,8 +15,6 @@ from rondo.training.recurrence import (
     Depth,
     Distribution,
     backprop_window,
-    poisson_lognormal,
-    reference_generator,
     sample_depth,
     scheduled_mean,
     shallower_depth,
@@ -28,6 +26,22 @@ NUM_DRAWS = 10_000
 DISTRIBUTIONS = st.sampled_from(get_args(Distribution))
 SCHEDULES = st.sampled_from(["none", "linear", "1-sqrt"])
 INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def reference_generator(data_step: int) -> torch.Generator:
+    """The paper's stream for one micro-batch, the same in every run whatever its seed.
+
+    Args:
+        data_step: The reference's count of micro-batches, which it starts at 1, or at 2 when it
+            reads parquet files.
+    """
+    return torch.Generator().manual_seed((514229 + data_step) % (2**31 - 1))
+
+
+def poisson_lognormal(
+    mean: int, window: int, generator: torch.Generator, cap: int | None = None
+) -> Depth:
+    return sample_depth("poisson-lognormal", mean, 1, cap, window, generator)
 
 
 def draws(distribution: Distribution, mean: int, minimum: int = 1) -> torch.Tensor:

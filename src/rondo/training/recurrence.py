@@ -110,16 +110,6 @@ def row_seeds(seed: int, rows: Sequence[int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.long) + seed * 1_000_000_007
 
 
-def reference_generator(data_step: int) -> torch.Generator:
-    """The paper's stream for one micro-batch, the same in every run whatever its seed.
-
-    Args:
-        data_step: The reference's count of micro-batches, which it starts at 1, or at 2 when it
-            reads parquet files.
-    """
-    return torch.Generator().manual_seed((514229 + data_step) % (2**31 - 1))
-
-
 def step_generator(seed: int, step: int, draw: int) -> torch.Generator:
     """Our stream for one draw of a step: the same on every rank, another for every run's seed."""
     # Hashed because a sum would make neighbours overlap: seed 1 would replay seed 0 one step
@@ -127,24 +117,6 @@ def step_generator(seed: int, step: int, draw: int) -> torch.Generator:
     key = struct.pack("<3q", seed, step, draw)
     digest = hashlib.blake2b(key, digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def poisson_lognormal(
-    mean: int, window: int, generator: torch.Generator, cap: int | None = None
-) -> Depth:
-    """The paper's draw: one plus a Poisson count whose rate is log-normal with mean `mean`.
-
-    Its mean is therefore `mean + 1`, and its tail is long: at mean 32 one draw in a hundred exceeds
-    93. Where `window` exceeds `mean` the reference silently raises the mean to the window; here the
-    mean is kept.
-
-    Args:
-        mean: Mean of the Poisson rate.
-        window: Most iterations that carry gradient.
-        generator: CPU generator to draw from.
-        cap: Deepest recurrence allowed, or None for none. Clipping lowers the mean.
-    """
-    return _clipped(1 + _poisson_lognormal_count(mean, generator), 1, cap, window)
 
 
 def sample_depth(
@@ -157,7 +129,9 @@ def sample_depth(
 ) -> Depth:
     """Draws one micro-batch's depth.
 
-    - "poisson-lognormal": the paper's; its mean is `mean + 1`.
+    - "poisson-lognormal": the paper's, one plus a Poisson count whose rate is log-normal. Its mean
+      is `mean + 1`, and its tail is long: at mean 32 one draw in a hundred exceeds 93. Where
+      `window` exceeds `mean` the reference raises the mean to the window; here it is kept.
     - "poisson-lognormal-honest": the same with a rate of mean `mean - 1`, so its mean is `mean`.
     - "uniform": whole numbers from `minimum` to its mirror image about `mean`.
     - "fixed": always `mean`.

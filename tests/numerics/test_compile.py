@@ -7,7 +7,10 @@ from torch._dynamo.utils import counters
 from conftest import VOCAB, recurrent
 
 # Said by the compiler's own look at a state inside the loop.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor",
+    "ignore:`torch.jit:DeprecationWarning",
+)
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

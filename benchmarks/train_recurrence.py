@@ -12,7 +12,6 @@ of a step.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -113,7 +112,9 @@ def only(arguments: argparse.Namespace, world: World, out: Path) -> None:
     if world.device.type == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # Not getrusage, whose peak a child inherits from the process that started it.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 
 
 def overheads(arguments: argparse.Namespace, world: World, out: Path, seconds: float) -> Any:

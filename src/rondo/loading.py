@@ -1,5 +1,6 @@
 """Directories of models: fetched from the hub where they are hub ids, and loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from safetensors import SafetensorError
 
 from rondo.errors import UserError
 
+# Weights as safetensors only: pickles are not even fetched.
+MODEL_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
-def fetch(name: str, revision: str | None, patterns: list[str] | None = None) -> Path:
-    """Fetch files of a model from the hub, all or those that match.
+
+def fetch(name: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
+    """Fetch files of a model from the hub.
 
     Raises:
         UserError: The name is neither a directory nor a model that can be reached.
@@ -20,7 +24,7 @@ def fetch(name: str, revision: str | None, patterns: list[str] | None = None) ->
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+                name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
             )
         )
     except HFValidationError as error:

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -33,6 +27,7 @@ from rondo.config import DequantizeConfig
 from rondo.convert import raven
 from rondo.convert.families import skeleton
 from rondo.errors import UserError
+from rondo.loading import fetch
 from rondo.provenance import claim_directory, read_json, record, staged, write_json
 
 TOKENIZER_FILES = (
@@ -47,8 +42,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Weights as safetensors only: pickles are not even fetched.
-WANTED_FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -131,30 +124,9 @@ def open_source(name: str, revision: str | None = None) -> Iterator[Source]:
     path = Path(name)
     if not path.exists():
         # The family is judged by its config before gigabytes of weights are fetched.
-        check_family(name, download(name, revision, ["config.json"]))
-        path = download(name, revision, WANTED_FILES)
+        check_family(name, fetch(name, revision, ["config.json"]))
+        path = fetch(name, revision)
     yield read_directory(name, path)
-
-
-def download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Fetch files of a model from the hub.
-
-    Raises:
-        UserError: The name is neither a directory nor a model that can be reached.
-    """
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
-        )
-    except HFValidationError as error:
-        raise UserError(f"{name} is neither a directory nor a hub id") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name} is no directory here and cannot be had from the hub: {reason}"
-        ) from error
 
 
 def read_directory(name: str, path: Path) -> Source:

@@ -40,21 +40,22 @@ def _write(run: Run, state: dict[str, torch.Tensor]) -> None:
 
 
 def _describe(run: Run, partial: Path) -> None:
-    (partial / "README.md").write_text(model_card(run), encoding="utf-8")
     before = provenance.read_json(Path(run.config.model) / "run.json")
+    training = training_facts(run, before)
+    (partial / "README.md").write_text(model_card(run, training), encoding="utf-8")
     facts = {
         "kind": "train",
         "parent": before["parent"],
         "plan": before["plan"] if run.config.mode != "static" else None,
         "history": [*before.get("history", [before["command"]]), command_line(run.config)],
-        "training": training_facts(run),
+        "training": training,
     }
     provenance.write_json(partial / "run.json", provenance.record(run.config, **facts))
 
 
-def model_card(run: Run) -> str:
+def model_card(run: Run, training: dict[str, Any]) -> str:
     """Return the README.md of a trained checkpoint."""
-    facts = "\n".join(f"| {key} | {value} |" for key, value in training_facts(run).items())
+    facts = "\n".join(f"| {key} | {value} |" for key, value in training.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [rondo]\n---\n"
         f"# Trained from {run.config.model}\n\n| training | |\n|---|---|\n{facts}\n\n"
@@ -63,15 +64,14 @@ def model_card(run: Run) -> str:
     )
 
 
-def training_facts(run: Run) -> dict[str, Any]:
-    """Return what a report says about the training."""
+def training_facts(run: Run, before: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report says about the training of a model with this run.json."""
     config, progress, setting = run.config, run.progress, run.config.recurrence
     static = config.mode == "static"
-    before = provenance.read_json(Path(config.model) / "run.json").get("training", {}).get("mode")
     sources = run.rows.facts
     return {
         # What began with random weights stays their twin.
-        "mode": "random" if before == "random" else config.mode,
+        "mode": "random" if before.get("training", {}).get("mode") == "random" else config.mode,
         "tokens": progress.tokens,
         "steps": progress.step,
         "flops": progress.flops,

@@ -22,7 +22,6 @@ from rondo.config import PlanConfig
 from rondo.data import read_phases
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
-from rondo.loading import fetch
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.inputs_recurrent import LayerInputs
 from rondo.training import adapters
@@ -37,7 +36,7 @@ from rondo.training.budget import (
 )
 from rondo.training.losses import CHUNK_TOKENS
 from rondo.training.optim import role
-from rondo.training.setup import check_depths, share
+from rondo.training.setup import check_depths, parent_directory, share
 
 RECIPES = Path("recipes")
 # Of a logit, at the peak of a chunk: itself, its log-softmax and its gradient, all in float32.
@@ -80,7 +79,7 @@ def shape_directory(model: Path) -> Path:
     )
 
 
-def parent_directory(directory: Path) -> Path:
+def parent_shape(directory: Path) -> Path:
     """Return where the config.json of a recurrent model's parent lies, fetched if on the hub.
 
     Raises:
@@ -91,10 +90,7 @@ def parent_directory(directory: Path) -> Path:
     facts = provenance.read_json(directory / "run.json")
     if "parent" not in facts:
         raise UserError(f"{directory} is no recurrent checkpoint: make one with rondo convert")
-    name, revision = facts["parent"]["path"], facts["parent"].get("revision")
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    return fetch(name, revision, ["config.json"])
+    return parent_directory(facts["parent"], ["config.json"])
 
 
 def build(directory: Path, recurrent: bool, dtype: torch.dtype) -> Any:
@@ -123,7 +119,7 @@ def subject(config: PlanConfig) -> Subject:
     # What trains is float32, and what is sharded is alike; alone, frozen weights are held in less.
     held = dtype if config.lora.rank and config.gpus == 1 else torch.float32
     directory = shape_directory(Path(config.model))
-    model = build(directory if recurrent else parent_directory(directory), recurrent, held)
+    model = build(directory if recurrent else parent_shape(directory), recurrent, held)
     count = costs_of if recurrent else costs_of_parent
     plain = costs = count(model)
     if config.lora.rank:
@@ -132,7 +128,7 @@ def subject(config: PlanConfig) -> Subject:
         costs = count(model)
     parent_costs = None
     if recurrent and config.loss.kind == "deep+distil" and config.loss.parent_weight:
-        parent_costs = costs_of_parent(build(parent_directory(directory), False, dtype))
+        parent_costs = costs_of_parent(build(parent_shape(directory), False, dtype))
     parts = ("prelude", "core", "delta", "coda", "injection", "norm", "embedding", "head")
     parameters = {part: getattr(plain, f"{part}_parameters") for part in parts}
     parameters |= {

@@ -1,6 +1,7 @@
 """What a run is made of: model, text, optimizers and plan, loaded and checked before it begins."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rondo.config import TrainConfig
 from rondo.data import Rows, TrainingRows, check_tokenizer, held_out_rows, load_tokenizer, open_rows
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
-from rondo.loading import fetch, load_model
+from rondo.loading import MODEL_FILES, fetch, load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.training import adapters, distributed, optim
 from rondo.training.budget import plan_steps
@@ -180,7 +181,7 @@ def directories(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
     return directory, facts["parent"]
 
 
-def parent_directory(parent: dict[str, Any]) -> Path:
+def parent_directory(parent: dict[str, Any], patterns: Sequence[str] = MODEL_FILES) -> Path:
     """Return where a parent lies, fetched from the hub where it is a hub id.
 
     Raises:
@@ -194,7 +195,7 @@ def parent_directory(parent: dict[str, Any]) -> Path:
             f"the parent is needed as a directory, and {path} is none: for a GGUF file, convert "
             "from the output of rondo dequantize"
         )
-    return fetch(parent["path"], parent.get("revision"))
+    return fetch(parent["path"], parent.get("revision"), patterns)
 
 
 def load(config: TrainConfig, directory: Path, dtype: torch.dtype) -> Any:

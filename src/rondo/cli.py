@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[type[config.Config], str]] = {
     "train": (config.TrainConfig, "rondo.training.train:run"),
     "eval": (config.EvalConfig, "rondo.evaluation.evaluate:run"),
     "report": (config.ReportConfig, "rondo.report:run"),
+    "bench": (config.BenchConfig, "rondo.evaluation.benchmark:run"),
     "generate": (config.GenerateConfig, "rondo.generation:run"),
     "dequantize": (config.DequantizeConfig, "rondo.convert.source:run_dequantize"),
 }

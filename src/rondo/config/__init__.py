@@ -5,6 +5,7 @@ Nothing here imports torch, so that `rondo --help` answers at once.
 
 from rondo.config.base import Config, command_line, explain, load_yaml, parse
 from rondo.config.stages import (
+    BenchConfig,
     ConvertConfig,
     DequantizeConfig,
     EvalConfig,
@@ -33,6 +34,7 @@ from rondo.config.training import (
 
 __all__ = [
     "BatchConfig",
+    "BenchConfig",
     "BudgetConfig",
     "Config",
     "ConvertConfig",

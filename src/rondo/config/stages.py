@@ -10,6 +10,7 @@ from rondo.config.base import Config, Depths
 Injection = Literal["mix", "linear", "add"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StateInit = Literal["input", "zeros", "normal"]
+Suite = Literal["math", "knowledge", "loss"]
 
 
 class ConvertConfig(Config):
@@ -126,24 +127,44 @@ class ProbeConfig(Config):
 
 
 class EvalConfig(Config):
-    """Measure the loss on held-out text at several depths, from one trajectory."""
+    """Measure tasks and losses at several depths, from one trajectory, beside what to compare."""
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A recurrent checkpoint, or a parent or static twin to compare with."""
-    output_dir: str = "out/eval"
-    """Directory for results.json."""
-    data: tuple[str, ...] = ("math-test", "general-test")
-    """Held-out texts: shipped samples, or .jsonl/.txt files as NAME=PATH."""
-    recurrences: Depths = (1, 2, 3, 4, 6, 8)
-    """Depths to measure."""
-    max_documents: int = Field(100, ge=1)
-    """Documents read of each text."""
+    output_dir: str | None = None
+    """Directory for results.json and samples.jsonl; out/eval-RUN unless given."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness by name, apart by spaces or commas."""
+    suite: tuple[Suite, ...] = ()
+    """Tasks that belong together: math, knowledge, loss; the loss of two samples if neither."""
+    data: tuple[str, ...] = ()
+    """Held-out texts (shipped samples, or .jsonl/.txt files as NAME=PATH), and directories with
+    one folder per task or text, whose files are used before the hub's."""
+    against: tuple[str, ...] = ()
+    """What to compare with: parent, static, random (twins that lie beside the run, or as
+    static=DIR) and self-consistency (the parent with the FLOPs of the deepest r in samples)."""
+    recurrences: Depths | None = None
+    """Depths to measure; 1 2 4 8 16 32 as far as the model's cap unless given."""
+    limit: int | None = Field(None, ge=1)
+    """Items of each task or text, the first ones; all of a task, 100 of a text unless given."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each item; the task's own number unless given."""
+    apply_chat_template: bool = False
+    """Put the items of tasks through the tokenizer's chat template."""
     seq_len: int = Field(512, ge=16)
-    """Longer documents are cut here."""
+    """Longer documents of texts are cut here."""
     batch_size: int = Field(8, ge=1)
-    """Documents per forward pass."""
+    """Sequences per forward pass."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of sampling and of a `normal` initial state; one is enough where neither is random."""
+    temperature: float = Field(0.7, gt=0)
+    """Of self-consistency samples."""
+    trace_tokens: int = Field(1024, ge=0)
+    """Tokens of text on which the state is followed through the iterations; 0 for none."""
+    include_path: str | None = None
+    """Directory of your own tasks for the harness."""
     label: str | None = None
     """Name in the report."""
     stage: Literal["before", "after"] | None = None
@@ -152,10 +173,10 @@ class EvalConfig(Config):
     """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
     device: str = "auto"
     """cuda where there is one, cpu elsewhere."""
-    seed: int = 0
-    """Seed of a `normal` initial state."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    resume: bool = False
+    """Go on with the same evaluation where it was stopped."""
     overwrite: bool = False
     """Replace an existing output directory."""
 
@@ -171,6 +192,45 @@ class ReportConfig(Config):
     """Directory to write."""
     title: str | None = None
     """Title of the page."""
+    price_per_hour: float | None = Field(None, gt=0)
+    """What an hour of the machine costs, to show depth as a price; 1 unless given."""
+    samples: int = Field(40, ge=0)
+    """Items to show of those where depth changed the answer."""
+    card: str | None = None
+    """Checkpoint directory whose model card gets the depth section of this report."""
+    overwrite: bool = False
+    """Replace an existing output directory."""
+
+
+class BenchConfig(Config):
+    """Time prefill and decoding at several depths and batch sizes, beside the parent."""
+
+    words: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A recurrent checkpoint."""
+    output_dir: str | None = None
+    """Directory for bench.json and bench.md; out/bench-RUN unless given."""
+    parent: str | None = None
+    """Where the parent lies now, if it has moved; none to leave it out."""
+    recurrences: Depths = (1, 2, 4, 8)
+    """Depths to time."""
+    batch_sizes: Depths = (1, 8)
+    """Rows per batch."""
+    prompt_tokens: int = Field(128, ge=1)
+    """Tokens of each prompt (random ones)."""
+    new_tokens: int = Field(32, ge=2)
+    """Tokens decoded after each prompt."""
+    repeats: int = Field(5, ge=1)
+    """Measurements of each; all settings take turns, and medians are reported."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
+    device: str = "auto"
+    """cuda where there is one, cpu elsewhere."""
+    seed: int = 0
+    """Seed of the prompts and of a `normal` initial state."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the measurements as JSON."""
     overwrite: bool = False
     """Replace an existing output directory."""
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from rondo.config import BatchConfig, BudgetConfig, DataConfig, RecurrenceConfig, TrainConfig
+from rondo.processes import World, join
 from rondo.provenance import record
 from rondo.training import train
 from rondo.training.budget import Draw, StepPlan, step_flops, step_plan
-from rondo.training.distributed import World, join
 from rondo.training.recurrence import Depth
 from rondo.training.setup import Run, setup
 

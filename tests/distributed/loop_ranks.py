@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rondo import processes
 from rondo.cli import main
-from rondo.training import distributed, train
+from rondo.training import train
 
 FLAGS = (
     "--batch.seq-len", "16", "--batch.micro-batch-size", "2", "--batch.global-batch-size", "4",
@@ -39,8 +40,8 @@ def go_on(directory: Path, name: str, stop_after: int = 0) -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     # One launch is one process group; these runs share it.
-    world = distributed.join("cpu")
-    distributed.join, distributed.leave = lambda *_: world, lambda _: None
+    world = processes.join("cpu")
+    processes.join, processes.leave = lambda *_: world, lambda _: None
     if sys.argv[2] == "first":
         begin(place, "two")
         begin(place, "halves", 3)

@@ -18,19 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from conftest import recurrent
 from rondo.errors import UserError
+from rondo.processes import World, barrier, gather, join, leave, total
 from rondo.training import checkpoint
-from rondo.training.distributed import (
-    World,
-    barrier,
-    clip_gradients,
-    gather,
-    join,
-    leave,
-    shard,
-    total,
-    trainable,
-    whole_state,
-)
+from rondo.training.distributed import clip_gradients, shard, trainable, whole_state
 
 # Depth and window; llama's head is its own, qwen3's is its embedding.
 DEPTHS = [(1, 1), (4, 4), (6, 2)]

@@ -18,8 +18,9 @@ from ranks import Objective, objective, optimizers, train, weights
 from safetensors.torch import load_file
 
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo.processes import World, join, leave, total
 from rondo.training.checkpoint import load_latest, save_state
-from rondo.training.distributed import World, join, leave, shard, total, whole_state
+from rondo.training.distributed import shard, whole_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 HERE = Path(__file__).parent

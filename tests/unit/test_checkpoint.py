@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from rondo.errors import UserError
+from rondo.processes import World
 from rondo.training import checkpoint
 from rondo.training.checkpoint import load_latest, save_state, step_directories
-from rondo.training.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -227,7 +227,7 @@ import resource, sys, torch
 from pathlib import Path
 from rondo.errors import UserError
 from rondo.training.checkpoint import save_state
-from rondo.training.distributed import World
+from rondo.processes import World
 run = Path(sys.argv[1])
 def save(step):
     save_state(run, step, model, [], None, {}, 2, World(0, 1, torch.device("cpu")))

@@ -18,8 +18,9 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 from rondo.errors import UserError
+from rondo.processes import World, gather
 from rondo.provenance import read_json, write_json
-from rondo.training.distributed import World, gather, trainable
+from rondo.training.distributed import trainable
 
 # Random state is not among it: depth, data and noise are functions of seed and step.
 State = dict[str, Any]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rondo import provenance
+from rondo import processes, provenance
 from rondo.config import command_line
 from rondo.training import adapters, distributed
 from rondo.training.setup import Run
@@ -26,7 +26,7 @@ def write_final(run: Run) -> None:
         state = adapters.folded(state, run.config.lora)
     if run.world.first:
         _write(run, state)
-    distributed.barrier(run.world)
+    processes.barrier(run.world)
 
 
 def _write(run: Run, state: dict[str, torch.Tensor]) -> None:

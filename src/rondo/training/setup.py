@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rondo import provenance
+from rondo import processes, provenance
 from rondo.config import TrainConfig
 from rondo.data import Rows, TrainingRows, check_tokenizer, held_out_rows, load_tokenizer, open_rows
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
 from rondo.loading import MODEL_FILES, fetch, load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo.processes import World
 from rondo.training import adapters, distributed, optim
 from rondo.training.budget import plan_steps
-from rondo.training.distributed import World
 from rondo.training.initial import initialize
 from rondo.training.metrics import import_tracker
 from rondo.training.objective import Objective
@@ -86,7 +86,7 @@ def setup(config: TrainConfig, world: World, stored: dict[str, Any] | None) -> R
     model_directory, parent = directories(config)
     dtype = provenance.choose_dtype(config.machine.dtype, world.device)
     # What is measured may differ between processes: the first one's answer is everyone's.
-    dtype = getattr(torch, distributed.gather(world, str(dtype).removeprefix("torch."))[0])
+    dtype = getattr(torch, processes.gather(world, str(dtype).removeprefix("torch."))[0])
     if stored and config.machine.dtype == "auto":
         dtype = getattr(torch, stored["dtype"])
     model = load(config, model_directory, dtype if world.size == 1 else torch.float32)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from rondo import provenance
+from rondo import processes, provenance
 from rondo.config import TrainConfig
 from rondo.data import Rows
 from rondo.errors import UserError
+from rondo.processes import World
 from rondo.training import checkpoint, distributed, guard, optim
 from rondo.training.budget import (
     Draw,
@@ -28,7 +29,6 @@ from rondo.training.budget import (
     step_plan,
     step_tokens,
 )
-from rondo.training.distributed import World
 from rondo.training.final import write_final
 from rondo.training.metrics import Metrics
 from rondo.training.recurrence import row_seeds, step_generator
@@ -66,7 +66,7 @@ def gradients(run: Run, plan: StepPlan, wishes: list[int]) -> tuple[list[float],
     """
     batches = list(micro_batches(run, plan))
     own = float(sum((rows.labels != -100).sum() for _, rows, _ in batches))
-    (counted,) = distributed.total(run.world, [own])
+    (counted,) = processes.total(run.world, [own])
     # A step of prompts alone has nothing to learn from, and nothing to divide by.
     counted = max(counted, 1.0)
     sums = torch.zeros(3, dtype=torch.float64, device=run.world.device)
@@ -81,7 +81,7 @@ def gradients(run: Run, plan: StepPlan, wishes: list[int]) -> tuple[list[float],
         # Sharding averages gradients over the processes; the sum over all tokens is wanted.
         (losses.objective * (run.world.size / counted)).backward()
         sums += torch.stack([one.detach().double() for one in losses])
-    *found, stops = distributed.total(run.world, [*sums.tolist(), float(bool(wishes))])
+    *found, stops = processes.total(run.world, [*sums.tolist(), float(bool(wishes))])
     return [value / counted for value in found], stops > 0
 
 
@@ -161,7 +161,7 @@ def validation(run: Run) -> dict[str, float]:
         with precision(run):
             found = run.objective("measured", rows, depths, row_seeds(0, indices).to(world.device))
         sums += torch.stack([*found, (rows.labels != -100).sum()]).double().cpu()
-    *losses, counted = distributed.total(world, sums.tolist())
+    *losses, counted = processes.total(world, sums.tolist())
     row = {f"val/loss@r{r}": loss / counted for r, loss in zip(depths, losses, strict=True)}
     if config.mode != "static" and config.watch.telemetry:
         ids = run.held_out.input_ids[:1].to(world.device)
@@ -304,7 +304,7 @@ def begin(run: Run, stored: dict[str, Any] | None) -> None:
         if restore(run):
             say(world)(f"resumed from step {run.progress.step} of {run.total_steps}")
         return
-    distributed.barrier(world)
+    processes.barrier(world)
     if world.first:
         run.directory.mkdir(parents=True, exist_ok=True)
         for path in run.directory.iterdir():  # the directory itself may be a link or a mount
@@ -317,7 +317,7 @@ def begin(run: Run, stored: dict[str, Any] | None) -> None:
             "num_processes": world.size,
         }
         provenance.write_json(run.directory / "run.json", provenance.record(run.config, **facts))
-    distributed.barrier(world)
+    processes.barrier(world)
 
 
 def run(config: TrainConfig) -> None:
@@ -327,11 +327,11 @@ def run(config: TrainConfig) -> None:
         UserError: Something the user can mend.
         KeyboardInterrupt: The user stopped twice; the last saved state is whole.
     """
-    world = distributed.join(config.machine.device)
+    world = processes.join(config.machine.device)
     try:
         train(config, world)
     finally:
-        distributed.leave(world)
+        processes.leave(world)
 
 
 def train(config: TrainConfig, world: World) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+from typing import Any
 
 from rondo import config
 from rondo.errors import ProofError, UserError
@@ -25,12 +26,18 @@ COMMANDS: dict[str, tuple[type[config.Config], str]] = {
     "dequantize": (config.DequantizeConfig, "rondo.convert.source:run_dequantize"),
 }
 
+# Verbs that are another program's, with our models known to it.
+PASSED_ON = {
+    "lm_eval": ("lm-evaluation-harness itself, with --model rondo", "rondo.evaluation.harness:cli"),
+}
+
 
 def usage() -> str:
     """Return the list of verbs."""
     lines = ["usage: rondo VERB [OPTIONS]", ""]
     for verb, (cls, _) in COMMANDS.items():
         lines.append(f"  {verb:<12}{(cls.__doc__ or '').splitlines()[0]}")
+    lines += [f"  {verb:<12}{told}" for verb, (told, _) in PASSED_ON.items()]
     return "\n".join([*lines, "", "rondo VERB --help tells a verb's options."])
 
 
@@ -49,17 +56,19 @@ def main(argv: list[str] | None = None) -> int:
         print(importlib.metadata.version("rondo-lm"))
         return 0
     verb = argv[0]
-    if verb not in COMMANDS:
-        close = difflib.get_close_matches(verb, COMMANDS, n=1)
+    if verb not in COMMANDS and verb not in PASSED_ON:
+        close = difflib.get_close_matches(verb, [*COMMANDS, *PASSED_ON], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"rondo: error: there is no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    cls, where = COMMANDS[verb]
     try:
+        if verb in PASSED_ON:
+            load(PASSED_ON[verb][1])(argv[1:])
+            return 0
+        cls, where = COMMANDS[verb]
         settings = config.parse(cls, argv[1:], prog=f"rondo {verb}")
-        module, function = where.split(":")
         quiet_libraries()
-        getattr(importlib.import_module(module), function)(settings)
+        load(where)(settings)
     except UserError as error:
         print(f"rondo {verb}: error: {error}", file=sys.stderr)
         return 2
@@ -75,6 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rondo {verb}: error: cannot write: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def load(where: str) -> Any:
+    """Import MODULE:FUNCTION."""
+    module, function = where.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def quiet_libraries() -> None:

@@ -36,6 +36,23 @@ def fetch(name: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES
         ) from error
 
 
+def parent_directory(parent: dict[str, Any], patterns: Sequence[str] = MODEL_FILES) -> Path:
+    """Return where a parent lies, fetched from the hub where it is a hub id.
+
+    Raises:
+        UserError: It cannot be had as a directory.
+    """
+    path = Path(parent["path"])
+    if (path / "config.json").is_file():
+        return path
+    if path.is_absolute() or path.suffix == ".gguf" or parent["path"] == "smollm2":
+        raise UserError(
+            f"the parent is needed as a directory, and {path} is none: for a GGUF file, convert "
+            "from the output of rondo dequantize"
+        )
+    return fetch(parent["path"], parent.get("revision"), patterns)
+
+
 def load_model(model_class: Any, directory: Path, dtype: torch.dtype, **options: Any) -> Any:
     """Load a model of a transformers class, remote code only if the options say so.
 

@@ -24,6 +24,9 @@ from rondo.errors import UserError
 # A directory that holds one of these was written by a command and may be replaced by one.
 MARKS = ("run.json", "report.html")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The lines of a training: its file, and what names a validation loss, before its depth.
+METRICS = "metrics.jsonl"
+VALIDATION = "val/loss@r"
 
 
 def record(config: Config, **facts: Any) -> dict[str, Any]:
@@ -110,6 +113,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run, steps and events, none where it has not begun.
+
+    Raises:
+        UserError: A line other than a last one cut short is damaged.
+    """
+    path = directory / METRICS
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(
+                    f"{path}, line {number} is no JSON ({error}): remove the line"
+                ) from error
+    return rows
 
 
 def claim_directory(path: str, overwrite: bool, spare: str = "") -> Path:

@@ -150,9 +150,11 @@ def evaluation(out: Path, model: Path, name: str, seed: int) -> Step:
             model=str(model),
             output_dir=str(directory),
             data=("math-test",),
-            max_documents=32,
+            recurrences=(1, 2, 3, 4, 6, 8),
+            limit=32,
             seq_len=256,
-            seed=seed,
+            seeds=(seed,),
+            resume=True,
         ),
         directory / "results.json",
     )
@@ -166,8 +168,8 @@ def budget(config: QuickstartConfig, out: Path) -> float:
     begun = out / "train" / "run.json"
     if begun.is_file():
         return read_json(begun)["config"]["budget"]["flops"]
-    rows = read_json(out / "eval" / "before" / "results.json")["rows"]
-    rate = max(1000 * row["flops_per_token"] / row["ms_per_token"] for row in rows)
+    (before,) = read_json(out / "eval" / "before" / "results.json")["results"]
+    rate = max(1000 * row["flops_per_token"] / row["ms_per_token"] for row in before["rows"])
     return float(f"{rate * TRAINING_RATE * 60 * config.minutes / 2:.2g}")
 
 

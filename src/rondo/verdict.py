@@ -4,101 +4,123 @@ Pure functions of results as `rondo eval` writes them: nothing is read, written 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
+from rondo.evaluation.controls import (
+    cost_words,
+    find,
+    rival,
+    share_items,
+    spoken,
+    training_words,
+)
+from rondo.evaluation.measures import NUM_RESAMPLES, Json, Measured, measure
+from rondo.evaluation.measures import Difference as Difference
+from rondo.evaluation.measures import paired_bootstrap as paired_bootstrap
 
-Json = dict[str, Any]
 Judgement = tuple[str, list[str]]
 
-_NUM_RESAMPLES = 2_000
-# Bounds the memory that many documents take.
-_RESAMPLES_AT_ONCE = 100
-_BOOTSTRAP_SEED = 0
-# Resampling fewer documents than this says little about others.
-_MIN_DOCUMENTS = 10
-# Budgets closer than this count as equal: a run ends with the step that crosses its budget.
-_EQUAL_FLOPS = 0.05
+_DEPTH = "After training, does depth help?"
+_STATIC = "Is the best depth better than the static twin"
+_NO_AFTER = "Not known: no trained recurrent model is among the results."
+_NO_STATIC = "Not known: no static twin is among the results (rondo train --mode static)."
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """Mean loss per token of one run less that of another, with a 95% interval."""
+class _Question:
+    """A question, and what is compared to answer it: the best depth within bounds with a rival."""
 
-    value: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], tokens: Sequence[int], choices: int = 1
-) -> Difference:
-    """Compare two runs over the same documents by resampling the documents.
-
-    Args:
-        first: Summed loss of each document.
-        second: The same of the run that is compared with.
-        tokens: Tokens of each document.
-        choices: Number of runs `first` was picked from as the best. It widens the interval
-            (Bonferroni), since the best of many looks good by luck.
-    """
-    change = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    sizes = np.asarray(tokens, dtype=float)
-    value = float(change.sum() / sizes.sum())
-    if len(change) < _MIN_DOCUMENTS:
-        return Difference(value, -math.inf, math.inf)
-    rng = np.random.default_rng(_BOOTSTRAP_SEED)
-    shape = (_RESAMPLES_AT_ONCE, len(change))
-    picks = (rng.integers(len(change), size=shape) for _ in range(0, _NUM_RESAMPLES, shape[0]))
-    means = np.concatenate([change[pick].sum(1) / sizes[pick].sum(1) for pick in picks])
-    tail = 0.025 / choices
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Difference(value, float(low), float(high))
+    text: str
+    first: Json
+    second: Json
+    other: str
+    minimum: int = 1
+    maximum: float = math.inf
 
 
 def verdict(results: Sequence[Json]) -> list[str]:
-    """Say in up to five lines whether depth helped, and against what."""
+    """Say in a line per question whether depth helped, and against what."""
     return [f"{question} {' '.join(answers)}" for question, answers in judge(results)]
 
 
 def judge(results: Sequence[Json]) -> list[Judgement]:
-    """Answer each question of the verdict once per dataset.
+    """Answer each question of the verdict once per task.
 
     Answers begin with Yes, No, Not shown or Not known. Where several results share a role, the
     first is judged: the order is the user's.
     """
-    before, after = (find(results, "recurrent", stage) for stage in ("before", "after"))
-    static, parent = find(results, "static", "after"), find(results, "parent", "before")
-    judged: list[Judgement] = []
-    if after:
-        judged.append(("After training, does depth help?", _answers(after, after, "r = 1", 2)))
-    else:
-        missing = "Not known: no trained recurrent model is among the results."
-        judged.append(("After training, does depth help?", [missing]))
-    if after and static:
-        judged.append((_static_question(after, static), _answers(after, static, "the static twin")))
-        question = "At r = 1, is the trained model better than the static twin?"
-        judged.append((question, _answers(after, static, "the static twin", 1, 1)))
-    elif after:
-        missing = "Not known: no static twin is among the results (rondo train --mode static)."
-        judged.append(("Is the best depth better than plain training of the parent?", [missing]))
-    if after and parent:
-        question = "At r = 1, is the trained model better than the parent?"
-        judged.append((question, _answers(after, parent, "the parent", 1, 1)))
-    if before:
-        judged.append(("Before training, did depth help?", _answers(before, before, "r = 1", 2)))
+    judged = [(question.text, _answers(question)) for question in _questions(results)]
+    after = find(results, "recurrent", "after")
+    if not after:
+        judged.insert(0, (_DEPTH, [_NO_AFTER]))
+    elif not rival(results, "static twin"):
+        judged.insert(1, ("Is the best depth better than plain training?", [_NO_STATIC]))
     return judged
+
+
+def headline(results: Sequence[Json]) -> str:
+    """Sum the verdict over tasks up in one sentence."""
+    after = find(results, "recurrent", "after")
+    if not after:
+        return "Not known whether depth helps after training: no trained recurrent model is here."
+    told = {question.text: _answers(question) for question in _first_two(results)}
+    depth = told.pop(_DEPTH)
+    helps, harms = _count(depth, "Yes"), _count(depth, "No ")
+    if one := next(iter(after["tasks"])) if len(depth) == 1 else "":
+        verb = "helps" if helps else "harms" if harms else "is not shown to help"
+        sentence = f"Depth {verb} on {one}"
+    else:
+        verb = f"helps on {helps}" if helps else "is shown to help on none"
+        sentence = f"Depth {verb} of {len(depth)} tasks"
+        sentence += f" and harms on {harms}" if harms else ""
+    if not told:
+        return f"{sentence}; no static twin was measured."
+    question, answers = next(iter(told.items()))
+    better, known = _count(answers, "Yes"), len(answers) - _count(answers, "Not known")
+    than = question.removeprefix("Is the best depth better than ").rstrip("?").replace(",", "")
+    if not known:
+        return f"{sentence}; beside {than} nothing is known."
+    if one:
+        verb = (
+            "beats" if better else "loses to" if _count(answers, "No ") else "is not shown to beat"
+        )
+        return f"{sentence}; its best depth {verb} {than}."
+    return f"{sentence}; its best depth beats {than} on {better or 'none'} of {known}."
+
+
+def claims_gain(results: Sequence[Json]) -> bool:
+    """Whether the verdict answers any question about depth, beyond r = 1, with yes."""
+    return any(
+        answer.startswith("Yes")
+        for question in _questions(results)
+        if question.maximum > 1
+        for answer in _answers(question)
+    )
 
 
 def caveats(results: Sequence[Json]) -> list[str]:
     """Say what the intervals leave out, and where the conditions differ."""
     notes = [
-        "Intervals are a paired bootstrap over documents (2,000 resamples), widened where the "
-        "best of several depths was picked. They leave out the luck of the training seed."
+        f"Intervals are a paired bootstrap over items ({NUM_RESAMPLES:,} resamples), widened where "
+        "the best of several depths was picked."
     ]
-    for key in ("dtype", "device", "seq_len"):
+    comparisons = sum(
+        share_items(question.first, question.second, task)
+        for question in _questions(results)
+        for task in _tasks(question)
+    )
+    if comparisons > 1:
+        notes.append(
+            f"The verdict makes {comparisons} comparisons, each at 95%: were there no differences "
+            f"at all, about {max(1, round(0.05 * comparisons))} would seem to be one."
+        )
+    notes += _seeds(results)
+    limits = {limit for result in results if (limit := result["conditions"]["limit"])}
+    if limits:
+        count = " or ".join(f"{limit:,}" for limit in sorted(limits))
+        notes.append(f"Only the first {count} items of each task or text were measured.")
+    for key in ("dtype", "device", "seq_len", "limit"):
         values = dict.fromkeys(str(result["conditions"][key]) for result in results)
         if len(values) > 1:
             notes.append(f"Not all were evaluated with the same {key}: {'; '.join(values)}.")
@@ -115,77 +137,115 @@ def subject(results: Sequence[Json]) -> Json:
     return after or before or results[0]
 
 
-def find(results: Sequence[Json], role: str, stage: str) -> Json | None:
-    """Return the first result with this role at this stage."""
-    for result in results:
-        if (result["model"]["role"], result["model"]["stage"]) == (role, stage):
-            return result
-    return None
+def _questions(results: Sequence[Json]) -> Iterator[_Question]:
+    """List what can be asked of these results, the weightiest first."""
+    yield from _first_two(results)
+    before, after = (find(results, "recurrent", stage) for stage in ("before", "after"))
+    names = ("static twin", "parent", "random twin", "self-consistency")
+    static, parent, random, votes = (rival(results, name) for name in names)
+    if after and static:
+        text = "At r = 1, is the trained model better than the static twin?"
+        yield _Question(text, after, static, "the static twin", 1, 1)
+    if after and parent:
+        text = "At r = 1, is the trained model better than the parent?"
+        yield _Question(text, after, parent, "the parent", 1, 1)
+    if before:
+        yield _Question("Before training, did depth help?", before, before, "r = 1", 2)
+    ours = after or before
+    if ours and votes:
+        text = "Is the best depth better than the parent with self-consistency?"
+        yield _Question(text, ours, votes, spoken("self-consistency", votes))
+    if after and random:
+        text = "Is the best depth better than the random twin, which began without the parent?"
+        yield _Question(text, after, random, "the random twin")
 
 
-def _static_question(after: Json, static: Json) -> str:
-    ours, theirs = (
-        result["model"]["training"] and result["model"]["training"]["flops"]
-        for result in (after, static)
+def _first_two(results: Sequence[Json]) -> Iterator[_Question]:
+    """List the questions that the headline sums up."""
+    after, static = find(results, "recurrent", "after"), rival(results, "static twin")
+    if after:
+        yield _Question(_DEPTH, after, after, "r = 1", 2)
+    if after and static:
+        words = training_words(after, static)
+        words = f" ({words})" if "unknown" in words else f", {words}"
+        yield _Question(f"{_STATIC}{words}?", after, static, "the static twin")
+
+
+def _tasks(question: _Question) -> Iterable[str]:
+    """Return the tasks to answer on; self-consistency can only be had of those that generate."""
+    return (
+        task
+        for task in question.first["tasks"]
+        if question.second["model"]["role"] != "self-consistency"
+        or task in question.second["tasks"]
     )
-    if not ours or not theirs:
-        return "Is the best depth better than the static twin (training FLOPs unknown)?"
-    if math.isclose(ours, theirs, rel_tol=_EQUAL_FLOPS):
-        return "Is the best depth better than the static twin, at equal training FLOPs?"
-    ratio = theirs / ours
-    return f"Is the best depth better than the static twin, trained with {ratio:.2f}x its FLOPs?"
 
 
-def _answers(
-    first: Json, second: Json, other: str, minimum: int = 1, maximum: float = math.inf
-) -> list[str]:
-    """Compare the best depth of one model within bounds with r = 1 of another, per dataset."""
-    return [_answer(first, second, other, name, minimum, maximum) for name in first["datasets"]]
+def _answers(question: _Question) -> list[str]:
+    """Compare the best depth of one model within bounds with another model, per task."""
+    answers = [_answer(question, task) for task in _tasks(question)]
+    return answers or ["Not known: no task in common."]
 
 
-def _answer(
-    first: Json, second: Json, other: str, dataset: str, minimum: int, maximum: float
-) -> str:
-    depths = [r for r in _finite_losses(first, dataset) if minimum <= r <= maximum]
-    ours, theirs = _finite_losses(first, dataset), _finite_losses(second, dataset).get(1)
-    if not depths or theirs is None:
-        return f"Not known on {dataset}: no finite loss at the depths to compare."
-    best = min(depths, key=lambda depth: sum(ours[depth]))
-    tokens = first["documents"][dataset]["tokens"]
-    gap = paired_bootstrap(ours[best], theirs, tokens, choices=len(depths))
-    name = f"r = {best}" + (f", the best of {len(depths)} depths," if len(depths) > 1 else "")
+def _answer(question: _Question, task: str) -> str:
+    """Answer in one sentence, with the interval and the price."""
+    if not share_items(question.first, question.second, task):
+        return f"Not known on {task}: {question.other} was not measured on the same items."
+    ours, theirs = measure(question.first, task), measure(question.second, task)
+    depths = [r for r in ours.depths if question.minimum <= r <= question.maximum]
+    rival_depth = _rival_depth(question, theirs)
+    if not depths or rival_depth is None:
+        return f"Not known on {task}: no finite values at the depths to compare."
+    mine = max((ours.depths.index(r) for r in depths), key=lambda i: float(ours.scores[i]))
+    gap = paired_bootstrap(
+        ours.better[mine], theirs.better[rival_depth], ours.weights, choices=len(depths)
+    )
+    name = f"r = {ours.depths[mine]}" + (f", best of {len(depths)}," if len(depths) > 1 else "")
+    number, unit, other = ours.number, ours.unit, question.other
     if gap.low <= 0 <= gap.high:
         doubt = (
-            f"(95% interval {gap.low:+.4f} to {gap.high:+.4f}), which may be chance"
+            f"(95% interval {number(gap.low, True)} to {number(gap.high, True)}), which may be "
+            "chance"
             if math.isfinite(gap.low)
-            else f"but {len(tokens)} documents are too few to tell that from chance"
+            else f"but {len(ours.weights)} items are too few to tell that from chance"
         )
         return (
-            f"Not shown on {dataset}: the loss of {name} differs from that of {other} by "
-            f"{gap.value:+.4f} nats per token {doubt}."
+            f"Not shown on {task}: the gain of {name} over {other} is {number(gap.value, True)} "
+            f"{unit} {doubt}."
         )
-    word, side = ("Yes", "below") if gap.value < 0 else ("No", "above")
+    word, side = ("Yes", "better") if gap.value > 0 else ("No", "worse")
     low, high = sorted((abs(gap.low), abs(gap.high)))
-    cost = _flops(first, dataset, best) / _flops(second, dataset, 1)
-    price = f", at {cost:.2f}x the FLOPs per token" if abs(cost - 1) > 0.01 else ""
+    price = cost_words(ours, mine, theirs, rival_depth)
     return (
-        f"{word} on {dataset}: the loss of {name} lies {abs(gap.value):.4f} nats per token "
-        f"{side} that of {other} (95% interval {low:.4f} to {high:.4f}){price}."
+        f"{word} on {task}: {name} is {number(abs(gap.value))} {unit} {side} than {other} "
+        f"(95% interval {number(low)} to {number(high)}){f', {price}' if price else ''}."
     )
 
 
-def _finite_losses(result: Json, dataset: str) -> dict[int, list[float]]:
-    by_depth = result["documents"][dataset]["loss"]
-    return {
-        int(r): losses
-        for r, losses in by_depth.items()
-        if None not in losses and math.isfinite(sum(losses))
-    }
+def _rival_depth(question: _Question, theirs: Measured) -> int | None:
+    """Return the index of the depth to beat: r = 1, or the best of a looped model of its own."""
+    if not theirs.depths:
+        return None
+    if question.first is question.second:
+        return 0 if theirs.depths[0] == 1 else None
+    return theirs.best
 
 
-def _flops(result: Json, dataset: str, depth: int) -> float:
-    return next(
-        row["flops_per_token"]
-        for row in result["rows"]
-        if (row["dataset"], row["num_recurrences"]) == (dataset, depth)
-    )
+def _seeds(results: Sequence[Json]) -> list[str]:
+    """Say how much luck of seeds the results could average over."""
+    looped = [result for result in results if result["model"]["role"] == "recurrent"]
+    seeds = {training["seed"] for result in looped if (training := result["model"]["training"])}
+    notes = []
+    if seeds:
+        count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds, of which the first counts"
+        notes.append(
+            f"The loop was trained with {count}: intervals leave out the luck of training."
+        )
+    drawn = max(len(result["conditions"]["seeds"]) for result in results)
+    if drawn > 1:
+        notes.append(f"Where sampling or the initial state is random, {drawn} seeds are averaged.")
+    return notes
+
+
+def _count(answers: Sequence[str], word: str) -> int:
+    return sum(answer.startswith(word) for answer in answers)

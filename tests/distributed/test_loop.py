@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
 from tiny import rondo, save_parent
 
+from rondo.provenance import read_metrics
 from rondo.training import train
-from rondo.training.metrics import read_metrics
 
 
 def on_two_ranks(directory: Path, phase: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import rondo, save_parent
 
-from rondo.training.metrics import read_metrics
+from rondo.provenance import read_metrics
 
 KILLS, SAVE_EVERY = 20, 10
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import edit_weights, json_of, refusal, rondo, save_parent, weights_of
+from tiny import json_of, refusal, rondo, save_parent, weights_of
 
 from rondo.config import TrainConfig
 from rondo.data import held_out_rows, load_tokenizer
 from rondo.loading import load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo.provenance import read_metrics
 from rondo.training import train
-from rondo.training.metrics import read_metrics
 
 TEXT = "\n\n".join(f"line {number} of a text that repeats itself" for number in range(120))
 FAST = (
@@ -471,55 +471,6 @@ def test_a_damaged_state_is_passed_over(
     assert "every saved state" in capsys.readouterr().err
 
 
-def test_evaluation_tells_trained_from_untrained_and_twin(made: Path, tmp_path: Path) -> None:
-    assert run(made, tmp_path / "run", "--budget.steps", 2) == 0
-    assert run(made, tmp_path / "twin", "--budget.steps", 2, "--mode", "static") == 0
-    found = {}
-    for model in (made / "parent", made / "model", tmp_path / "run/final", tmp_path / "twin/final"):
-        out = tmp_path / "eval" / str(len(found))
-        words = ("--data", made / "text.txt", "--recurrences", 1, 3, "--max-documents", 12)
-        assert rondo("eval", model, "--output-dir", out, *words) == 0
-        found[str(out)] = json_of(out / "results.json")
-    roles = [(one["model"]["role"], one["model"]["stage"]) for one in found.values()]
-    assert roles == [
-        ("parent", "before"),
-        ("recurrent", "before"),
-        ("recurrent", "after"),
-        ("static", "after"),
-    ]
-    parent, before, *_ = (one["rows"] for one in found.values())
-    assert before[0]["value"] == pytest.approx(parent[0]["value"], rel=1e-5)
-    assert [row["num_recurrences"] for row in before] == [1, 3]
-    assert rondo("report", *found, "--output-dir", tmp_path / "report") == 0
-    assert (tmp_path / "report" / "report.html").is_file()
-
-
-def test_one_trajectory_gives_the_losses_of_separate_passes(made: Path, tmp_path: Path) -> None:
-    words = ("--data", made / "text.txt", "--max-documents", 9, "--batch-size", 4)
-    rows = {}
-    for depths in ((1, 2, 4), (1,), (2,), (4,)):
-        out = tmp_path / "-".join(map(str, depths))
-        assert (
-            rondo("eval", made / "model", "--output-dir", out, *words, "--recurrences", *depths)
-            == 0
-        )
-        for row in json_of(out / "results.json")["rows"]:
-            rows.setdefault(row["num_recurrences"], []).append(row["value"])
-    for depth, (together, alone) in rows.items():
-        assert together == pytest.approx(alone, rel=1e-5), depth
-
-
-def test_altered_weights_change_the_loss(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "model", tmp_path / "model")
-    edit_weights(tmp_path / "model", lambda tensors: tensors["model.norm.weight"].mul_(3))
-    values = []
-    for model in (made / "model", tmp_path / "model"):
-        out = tmp_path / "eval" / str(len(values))
-        assert rondo("eval", model, "--output-dir", out, "--data", made / "text.txt") == 0
-        values.append(json_of(out / "results.json")["rows"][0]["value"])
-    assert values[0] != pytest.approx(values[1], rel=1e-3)
-
-
 def test_a_recipe_is_a_whole_run(made: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "train.yaml"
     recipe.write_text(
@@ -547,15 +498,6 @@ def test_the_quickstart_runs_reuses_and_refuses_to_mix(
     assert capsys.readouterr().out.count("done before") == 8
     assert rondo(*words, "--minutes", 5) == 2
     assert "other settings" in refusal(capsys)
-
-
-def test_a_loss_that_is_none_is_told_as_such(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "model", tmp_path / "model")
-    edit_weights(tmp_path / "model", lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
-    words = ("--data", made / "text.txt", "--max-documents", 1, "--output-dir", tmp_path / "eval")
-    assert rondo("eval", tmp_path / "model", *words) == 0
-    assert json_of(tmp_path / "eval" / "results.json")["rows"][0]["value"] is None
-    assert rondo("report", tmp_path / "eval", "--output-dir", tmp_path / "report") == 0
 
 
 def test_depths_beyond_the_cap_are_refused(

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent / "e2e"))
 
 from tiny import rondo, save_parent  # noqa: E402
 
-from rondo.training.metrics import read_metrics  # noqa: E402
+from rondo.provenance import read_metrics  # noqa: E402
 
 FILE = HERE / "trajectories.json"
 CASES: dict[str, tuple[object, ...]] = {

@@ -8,8 +8,9 @@ import torch
 from tests.conftest import VOCAB, WIDTH, recurrent
 from torch import nn
 
+from rondo.dynamics import loop_gain, loop_health
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
-from rondo.training.telemetry import alarms, loop_gain, loop_health
+from rondo.training.telemetry import alarms
 
 IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 

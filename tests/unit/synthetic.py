@@ -50,7 +50,9 @@ def loss_items(means: dict[int, float], num_items: int, number: int) -> Json:
 def accuracy_items(means: dict[int, float], num_items: int, number: int) -> Json:
     """Items have a difficulty in (0, 1), and a depth gets those right that lie below its mean."""
     difficulty = np.random.default_rng(number).permutation(num_items) / num_items
-    values = {str(depth): [float(one < mean) for one in difficulty] for depth, mean in means.items()}
+    values = {
+        str(depth): [float(one < mean) for one in difficulty] for depth, mean in means.items()
+    }
     return {"weights": [1] * num_items, "values": values}
 
 

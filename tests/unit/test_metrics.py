@@ -13,7 +13,8 @@ import torch
 
 from rondo.config import WatchConfig
 from rondo.errors import UserError
-from rondo.training.metrics import FILE, Metrics, read_metrics
+from rondo.provenance import METRICS, read_metrics
+from rondo.training.metrics import Metrics
 from rondo.training.throughput import matmul_peak
 
 
@@ -89,7 +90,7 @@ def test_a_line_is_there_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_forgotten(tmp_path: Path) -> None:
     written(tmp_path, range(1, 4)).close()
-    path = tmp_path / FILE
+    path = tmp_path / METRICS
     path.write_bytes(path.read_bytes()[:-9])
     assert steps(tmp_path) == [1, 2]
     metrics = recorder(tmp_path, first=2)
@@ -101,7 +102,7 @@ def test_a_torn_last_line_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b'{"step": 2, "tra', b"\0\0\0", b"\xff\xfe"])
 def test_an_earlier_damaged_line_is_refused_by_number(tmp_path: Path, damage: bytes) -> None:
     written(tmp_path, range(1, 4)).close()
-    path = tmp_path / FILE
+    path = tmp_path / METRICS
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([lines[0], damage, lines[2]]) + b"\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no JSON"):
@@ -116,7 +117,7 @@ def test_numbers_that_are_not_finite_are_spelled_and_the_json_stays_valid(tmp_pa
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    lines = (tmp_path / FILE).read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / METRICS).read_text(encoding="utf-8").splitlines()
     step, event = (json.loads(line, parse_constant=refuse) for line in lines)
     assert (step["train/loss"], step["loop/gain"], event["gain"]) == ("nan", "inf", "-inf")
 

@@ -1,153 +1,87 @@
 """The report, on synthetic results whose truth is known."""
 
+import copy
 import csv
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from synthetic import make_file, make_result
 
 pytest.importorskip("altair")
 
 from rondo import plots, report
 from rondo.config import ReportConfig
 from rondo.errors import UserError
-from rondo.verdict import paired_bootstrap, verdict
+from rondo.evaluation.fits import depth_fit
+from rondo.report import card, page, samples
+from rondo.report.sources import flatten, load
 
 Json = dict[str, Any]
-DATASETS = ("math-test", "general-test")
-SPLIT = {"prelude": [*range(12)], "core": [*range(12, 18)], "coda": [*range(18, 30)]}
-TRAINING = {
-    "mode": "recurrent",
-    "tokens": 61_440,
-    "steps": 60,
-    "flops": 5.1e13,
-    "seconds": 120.0,
-    "loss": "last",
-    "recurrence": "fixed 2",
-    "seed": 0,
-    "data": "math (shipped sample)",
-}
+
+GAIN = {"math-test": {1: 2.0, 2: 1.9, 4: 1.88, 8: 1.878}, "acc-arc": {1: 0.4, 2: 0.5, 4: 0.6}}
+ONE = {"math-test": {1: 2.05}, "acc-arc": {1: 0.35}}
+WORSE = {"math-test": {1: 3.1, 2: 3.2}, "acc-arc": {1: 0.3, 2: 0.25}}
+RANDOM = {"math-test": {1: 6.1, 2: 6.2}, "acc-arc": {1: 0.25, 2: 0.25}}
+SMALL = {"math-test": {1: 2.0}}
 
 
-def make_result(
-    role: str,
-    stage: str,
-    losses: dict[int, float],
-    label: str | None = None,
-    datasets: tuple[str, ...] = DATASETS,
-    num_documents: int = 60,
-) -> Json:
-    """Make what `rondo eval` writes, with mean loss `losses[r]` on the first dataset.
-
-    Documents differ much and models on one document little, as in real data. On the further
-    datasets every loss is 1 higher and each loop costs 0.02 more.
-    """
-    rows, documents = [], {}
-    for number, dataset in enumerate(datasets):
-        rng = np.random.default_rng(number)
-        tokens = rng.integers(80, 400, num_documents)
-        document = rng.normal(0, 0.3, num_documents)
-        by_depth = {}
-        for depth, loss in losses.items():
-            own = np.random.default_rng([depth, len(role), number]).normal(0, 0.02, num_documents)
-            means = loss + number + 0.02 * number * (depth - 1) + document + own - own.mean()
-            by_depth[str(depth)] = (means * tokens).tolist()
-            value = float((means * tokens).sum() / tokens.sum())
-            flops = 2.7e8 + 4.2e7 * (depth - 1)
-            rows.append(
-                {
-                    "dataset": dataset,
-                    "metric": "loss",
-                    "num_recurrences": depth,
-                    "value": value,
-                    "stderr": float(means.std() / math.sqrt(num_documents)),
-                    "bits_per_byte": value * 0.47,
-                    "flops_per_token": flops,
-                    "kv_bytes_per_token": 23_040 + 4_608 * (depth - 1),
-                    "ms_per_token": flops / 2.6e8,
-                }
-            )
-        documents[dataset] = {"tokens": tokens.tolist(), "loss": by_depth}
-    recurrent = role in ("recurrent", "random")
-    training = TRAINING | {"mode": "recurrent" if recurrent else role}
-    return {
-        "format_version": 1,
-        "kind": "eval",
-        "model": {
-            "path": f"out/{role}",
-            "label": label or f"{role}, {stage} training",
-            "role": role,
-            "stage": stage,
-            "parent": "SmolLM2-135M-Instruct",
-            "parameters": 134_515_584,
-            "split": SPLIT if recurrent else None,
-            "injection": "mix" if recurrent else None,
-            "state_init": "input" if recurrent else None,
-            "training": training if stage == "after" else None,
-        },
-        "conditions": {
-            "command": f"rondo eval out/{role} --output-dir out/eval-{role}-{stage}",
-            "date": "2026-11-24T08:00:00Z",
-            "device": "cpu (AMD EPYC, 2 threads)",
-            "dtype": "float32",
-            "seq_len": 512,
-            "seed": 0,
-            "versions": {"rondo": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
-            "git": "abc1234",
-        },
-        "datasets": {
-            name: {
-                "path": f"{name}.jsonl",
-                "sha256": "0" * 64,
-                "documents": num_documents,
-                "tokens": sum(documents[name]["tokens"]),
-                "bytes": 61_000,
-            }
-            for name in datasets
-        },
-        "rows": rows,
-        "documents": documents,
-    }
+def make_files() -> tuple[Json, Json]:
+    """Make two results.json: the trained model with what it is compared with, and the start."""
+    compared = [
+        make_result("recurrent", "after", GAIN),
+        make_result("parent", "before", ONE),
+        make_result("static", "after", {"math-test": {1: 1.95}, "acc-arc": {1: 0.45}}),
+        make_result("random", "after", RANDOM),
+    ]
+    return make_file(*compared), make_file(make_result("recurrent", "before", WORSE))
 
 
-def make_results(
-    after: dict[int, float], static: float = 1.47, datasets: tuple[str, ...] = DATASETS
-) -> list[Json]:
-    before = {1: 2.13, 2: 2.09, 3: 2.10, 4: 2.11}
+def make_samples(result: Json) -> list[Json]:
     return [
-        make_result("recurrent", "after", after, datasets=datasets),
-        make_result("recurrent", "before", before, datasets=datasets),
-        make_result("parent", "before", {1: 2.13}, "parent", datasets),
-        make_result("static", "after", {1: static}, "static twin", datasets),
+        {
+            "model": result["model"]["label"],
+            "task": task,
+            "item": item,
+            "prompt": f"Question {item}",
+            "target": "A",
+            "answers": {depth: "A" if ones[item] else "B" for depth, ones in values.items()},
+            "values": {depth: ones[item] for depth, ones in values.items()},
+        }
+        for task, facts in result["tasks"].items()
+        for values in [result["items"][task]["values"]]
+        for item in range(facts["items"])
     ]
 
 
-def write(root: Path, results: list[Json]) -> tuple[str, ...]:
+def write(root: Path, *files: Json, lines: list[Json] | None = None) -> tuple[str, ...]:
+    """Write files, each to a directory of its own, with samples beside the first."""
     names = []
-    for number, result in enumerate(results):
+    for number, content in enumerate(files):
         directory = root / f"eval-{number}"
         directory.mkdir(parents=True)
-        (directory / "results.json").write_text(json.dumps(result))
+        (directory / "results.json").write_text(json.dumps(content))
+        if lines and not number:
+            text = "\n".join(json.dumps(line) for line in lines)
+            (directory / "samples.jsonl").write_text(text + "\n")
         names.append(str(directory))
     return tuple(names)
 
 
-GAIN = {1: 1.50, 2: 1.44, 4: 1.43}
-HARM = {1: 1.46, 2: 1.52, 4: 1.60}
-NOTHING = {1: 1.50, 2: 1.5003, 4: 1.5002}
+def small(**changes: Any) -> Json:
+    """Make a result that is quick to report."""
+    return make_result("parent", "before", SMALL, **changes)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
-    output_dir = root / "report"
-    results = write(root, make_results(GAIN))
-    report.run(ReportConfig(results=results, output_dir=str(output_dir)))
-    return output_dir
+    files = make_files()
+    results = write(root, *files, lines=make_samples(files[0]["results"][0]))
+    report.run(ReportConfig(results=results, output_dir=str(root / "report")))
+    return root / "report"
 
 
 def own_text(output_dir: Path) -> str:
@@ -155,139 +89,146 @@ def own_text(output_dir: Path) -> str:
     return (output_dir / "report.html").read_text().replace(plots.javascript(), "")
 
 
-def answer(results: list[Json], question: str, dataset: str = "math-test") -> str:
-    """Return what the verdict says to a question on a dataset."""
-    line = next(line for line in verdict(results) if line.startswith(question))
-    return re.search(rf"(Yes|No|Not shown) on {dataset}: .*?\.(?= |$)", line)[0]
-
-
-def test_verdict_tells_a_gain_with_its_size_and_price() -> None:
-    said = answer(make_results(GAIN), "After training, does depth help?")
-    assert said.startswith("Yes on math-test: the loss of r = 4, the best of 2 depths, lies 0.0")
-    assert "below that of r = 1" in said
-    assert "1.47x the FLOPs" in said
-
-
-def test_verdict_says_where_depth_harms() -> None:
-    said = answer(make_results(HARM), "After training, does depth help?")
-    assert said.startswith("No on math-test")
-    assert "above that of r = 1" in said
-
-
-def test_verdict_sees_no_difference_in_noise() -> None:
-    said = answer(make_results(NOTHING), "After training, does depth help?")
-    assert said.startswith("Not shown on math-test")
-    assert "which may be chance" in said
-
-
-@pytest.mark.parametrize(("static", "word"), [(1.60, "Yes"), (1.30, "No")])
-def test_verdict_compares_with_the_static_twin_both_ways(static: float, word: str) -> None:
-    results = make_results(GAIN, static)
-    assert answer(results, "Is the best depth better").startswith(f"{word} on")
-    assert answer(results, "At r = 1, is the trained model better than the s").startswith(word)
-
-
-def test_verdict_answers_for_each_dataset_in_five_lines() -> None:
-    lines = verdict(make_results({1: 1.5, 2: 1.47}))
-    assert len(lines) == 5
-    assert all(dataset in line for line in lines for dataset in DATASETS)
-    assert "Yes on math-test" in lines[0]
-    assert "general-test" in lines[0]
-
-
-def test_verdict_names_unequal_training_cost() -> None:
-    results = make_results(GAIN)
-    assert any("at equal training FLOPs" in line for line in verdict(results))
-    results[3]["model"]["training"]["flops"] *= 0.6
-    assert any("trained with 0.60x its FLOPs" in line for line in verdict(results))
-    results[3]["model"]["training"] = None
-    assert any("training FLOPs unknown" in line for line in verdict(results))
-
-
-def test_verdict_says_what_is_missing() -> None:
-    after, before, parent, _ = make_results(GAIN)
-    assert "no static twin" in " ".join(verdict([after, before, parent]))
-    assert "no trained recurrent model" in verdict([before, parent])[0]
-    assert "no trained recurrent model" in verdict([parent])[0]
-
-
-def test_verdict_survives_a_diverged_depth() -> None:
-    results = make_results(GAIN)
-    results[0]["documents"]["math-test"]["loss"]["4"][3] = math.nan
-    assert "r = 2" in answer(results, "After training, does depth help?")
-    results[0]["documents"]["math-test"]["loss"]["1"][3] = math.nan
-    assert "Not known on math-test" in verdict(results)[0]
-
-
-def test_verdict_draws_no_conclusion_from_few_documents() -> None:
-    result = make_result("recurrent", "after", GAIN, num_documents=6)
-    assert "6 documents are too few" in verdict([result])[0]
-
-
-def test_bootstrap_interval_matches_the_normal_one() -> None:
-    rng = np.random.default_rng(1)
-    base = rng.normal(300, 60, 400)
-    change = rng.normal(10, 10, 400)
-    gap = paired_bootstrap(base + change, base, [100] * 400)
-    half_width = 1.96 * change.std() / 20 / 100
-    assert gap.value == pytest.approx(change.mean() / 100)
-    assert gap.high - gap.value == pytest.approx(half_width, rel=0.15)
-    assert gap.value - gap.low == pytest.approx(half_width, rel=0.15)
-    wider = paired_bootstrap(base + change, base, [100] * 400, choices=5)
-    assert wider.low < gap.low
-    assert wider.high > gap.high
+def charts_of(output_dir: Path) -> list[Json]:
+    """Return what the page draws, in order."""
+    text = own_text(output_dir).split('id="charts">')[1].split("</script>")[0]
+    return json.loads(text)
 
 
 def test_page_is_one_file_that_loads_nothing(written: Path) -> None:
-    page = (written / "report.html").read_text()
-    assert len(page) < 5_000_000
-    assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", page)
-    assert not re.search(r"<(link|img|iframe|script[^>]*\ssrc)\b", page.split('id="specs"')[0])
-    assert "default-src 'none'" in page
-    assert "$" not in page.split("<script")[0].replace("$schema", "")
+    text = (written / "report.html").read_text()
+    assert len(text) < 5_000_000
+    assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//", text)
+    assert not re.search(r"<(link|img|iframe|script[^>]*\ssrc)\b", text.split('id="charts"')[0])
+    assert "default-src 'none'" in text
+    assert "{{" not in own_text(written)
+    assert "{%" not in own_text(written)
 
 
-def test_page_states_the_verdict_and_every_row(written: Path) -> None:
-    page = own_text(written)
-    assert "After training, does depth help?" in page
-    assert page.count("<tr>") == 1 + sum(len(result["rows"]) for result in make_results(GAIN))
-    assert page.count("<figure") == 3 * len(DATASETS)
+def test_page_begins_with_what_was_converted_what_it_cost_and_what_it_bought(written: Path) -> None:
+    top = own_text(written).split("</header>")[0]
+    assert "Depth helps on 2 of 2 tasks" in top
+    assert "layers 12-17 became the core" in top
+    assert "61,440 tokens of math (shipped sample) in 60 steps: 51T FLOPs, 120 s" in top
+    assert own_text(written).index("does depth help?") < own_text(written).index("<h2>")
+
+
+def test_every_task_has_its_chart_its_table_its_measures_and_its_controls(written: Path) -> None:
+    panels = own_text(written).split('<section class="panel"')[1:]
+    assert len(panels) == len(GAIN)
+    for panel in panels:
+        for part in ("<figure", "Table of this chart", "What depth does: recurrent, trained"):
+            assert part in panel
+        assert "What a gain must beat" in panel
+        assert "blind depth" in panel
+    rows = sum(len(result["rows"]) for file in make_files() for result in file["results"])
+    assert own_text(written).count("data-price=") == rows
+
+
+def test_page_follows_the_training_and_the_state(written: Path) -> None:
+    text = own_text(written)
+    assert "the state settles" in text
+    assert "equal training FLOPs, against static twin" in text
+    assert len(charts_of(written)) == text.count("<figure") == 3 + 1 + 3
 
 
 def test_csv_has_the_rows_that_came_in(written: Path) -> None:
     with (written / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    came_in = [row for result in make_results(GAIN) for row in result["rows"]]
+    came_in = [row for file in make_files() for one in file["results"] for row in one["rows"]]
     assert len(rows) == len(came_in)
     for row, source in zip(rows, came_in, strict=True):
-        assert {key: row[key] for key in source} == {key: str(source[key]) for key in source}
+        plain = {key: value for key, value in source.items() if key != "seed_values"}
+        assert {key: row[key] for key in plain} == {key: str(value) for key, value in plain.items()}
     assert {row["training_seed"] for row in rows} == {"0", ""}
-    assert {row["dataset_documents"] for row in rows} == {"60"}
+    assert {row["items"] for row in rows} == {"60"}
 
 
 def test_markdown_shows_every_figure_that_is_there(written: Path) -> None:
     text = (written / "report.md").read_text()
     shown = re.findall(r"\]\(([^)]+\.svg)\)", text)
     assert sorted(shown) == sorted(path.name for path in written.glob("*.svg"))
-    assert len(shown) == 3 * len(DATASETS)
+    assert len(shown) == 3 + 1 + 3
     assert "rondo report" in text
+    assert "What a gain must beat" in text
+
+
+def test_provenance_names_the_results(written: Path) -> None:
+    run = json.loads((written / "run.json").read_text())
+    assert run["kind"] == "report"
+    assert [len(sha) for sha in run["results_sha256"].values()] == [64, 64]
+
+
+def test_what_would_flatten_the_curves_is_named_but_not_drawn(written: Path) -> None:
+    chart = charts_of(written)[0]["specs"]["nats per token"]
+    drawn = {row["model"] for row in chart["datasets"]["points"]}
+    assert drawn == {"recurrent, trained", "parent", "static twin"}
+    assert re.search(r"random-init twin \(6\.\d+ to 6\.\d+\)", chart["title"]["subtitle"])
+    panel = own_text(written).split('<section class="panel"')[1]
+    assert "<td>random-init twin</td>" in panel
+
+
+def test_what_was_not_trained_gets_a_figure_where_one_scale_cannot_hold_both(written: Path) -> None:
+    loss, before, accuracy = (next(iter(c["specs"].values())) for c in charts_of(written)[:3])
+    assert "after training" in loss["title"]["text"]
+    assert {row["model"] for row in before["datasets"]["points"]} == {"recurrent, untrained"}
+    assert "recurrent, untrained" in {row["model"] for row in accuracy["datasets"]["points"]}
+
+
+def test_accuracies_are_drawn_in_percent_above_chance(written: Path) -> None:
+    chart = charts_of(written)[2]["specs"]["acc_norm"]
+    assert chart["datasets"]["chance"] == [{"y": 25.0}]
+    ours = [row for row in chart["datasets"]["points"] if row["model"] == "recurrent, trained"]
+    assert [row["y"] for row in ours] == pytest.approx([40, 50, 60])
+    assert "highest at r = 4 after training" in chart["title"]["text"]
+
+
+def test_the_fit_is_drawn_as_it_was_made(written: Path) -> None:
+    result = make_files()[0]["results"][0]
+    fit, _ = depth_fit(result, "math-test")
+    assert fit is not None
+    line = charts_of(written)[0]["specs"]["nats per token"]["datasets"]["fit"]
+    assert {row["model"] for row in line} == {"recurrent, trained"}
+    for row in line:
+        assert row["y"] == pytest.approx(fit.predict(row["num_recurrences"]))
+        assert row["flops_per_token"] == pytest.approx(2.7e8 + 4.2e7 * (row["num_recurrences"] - 1))
+
+
+def test_a_chart_can_be_set_against_depth_flops_milliseconds_and_price(written: Path) -> None:
+    axes = charts_of(written)[0]["axes"]
+    assert {name: axis["field"] for name, axis in axes.items()} == {
+        "depth": "num_recurrences",
+        "FLOPs": "flops_per_token",
+        "milliseconds": "ms_per_token",
+        "price": "price",
+    }
+
+
+def test_price_is_that_of_a_million_tokens() -> None:
+    (row,) = flatten([small()], price_per_hour=7.2)
+    hours = 1e6 * row["ms_per_token"] / 1000 / 3600
+    assert row["price"] == pytest.approx(7.2 * hours)
 
 
 def test_names_from_files_stay_text(tmp_path: Path) -> None:
-    hostile = "</script><img src=x onerror=alert(1)> | $title ' \" `x` \n# heading"
-    results = make_results(GAIN, datasets=("math-test",))
-    for result in results:
-        result["model"] |= {"label": hostile, "parent": hostile, "path": hostile}
-        result["conditions"] |= {"command": hostile, "device": hostile}
-        for key in ("datasets", "documents"):
-            result[key] = {hostile + name: value for name, value in result[key].items()}
-        for row in result["rows"]:
-            row["dataset"] = hostile + row["dataset"]
-    directories = write(tmp_path, results)
-    report.run(ReportConfig(results=directories, output_dir=str(tmp_path / "out"), title=hostile))
-    page = own_text(tmp_path / "out")
-    assert "<img" not in page
-    assert page.count("</script>") == 3
+    hostile = "</script><img src=x onerror=alert(1)> | {{ title }} ' \" `x` \n# heading"
+    result = make_result("recurrent", "before", {"acc": {1: 0.3, 2: 0.5}}, states=None)
+    result["model"] |= {"label": hostile, "parent": hostile, "path": hostile}
+    result["conditions"] |= {"command": hostile, "device": hostile}
+    for group in ("tasks", "items"):
+        result[group] = {hostile: result[group]["acc"]}
+    for row in result["rows"]:
+        row["task"] = hostile
+    lines = [
+        line | {"prompt": hostile, "target": hostile, "answers": {"1": hostile, "2": hostile}}
+        for line in make_samples(result)
+    ]
+    results = write(tmp_path, make_file(result), lines=lines)
+    report.run(ReportConfig(results=results, output_dir=str(tmp_path / "out"), title=hostile))
+    text = own_text(tmp_path / "out")
+    assert "onerror" in text
+    assert "<img" not in text
+    assert text.count("</script>") == 3
     text = (tmp_path / "out" / "report.md").read_text()
     quoted = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
     assert "<" not in quoted
@@ -295,105 +236,206 @@ def test_names_from_files_stay_text(tmp_path: Path) -> None:
     assert all("<img" not in path.read_text() for path in (tmp_path / "out").glob("*.svg"))
 
 
-def test_equal_labels_are_told_apart(tmp_path: Path) -> None:
-    twins = [make_result("recurrent", "after", GAIN, label="mine") for _ in range(2)]
-    labels = [result["model"]["label"] for result in report.load(write(tmp_path, twins))]
-    assert labels == ["mine", "mine (2)"]
+def test_equal_labels_are_told_apart_and_keep_their_samples(tmp_path: Path) -> None:
+    twin = make_result("recurrent", "after", {"acc": {1: 0.3, 2: 0.5}}, label="mine")
+    results = load(
+        write(tmp_path, make_file(twin), make_file(twin, twin), lines=make_samples(twin))
+    )
+    assert [one["model"]["label"] for one in results] == ["mine", "mine (2)", "mine (3)"]
+    assert [len(one["samples"]) for one in results] == [12, 0, 0]
 
 
 def test_one_model_and_missing_times_are_enough(tmp_path: Path) -> None:
-    result = make_result("parent", "before", {1: 2.1}, datasets=("math-test",))
-    for row in result["rows"]:
-        row |= {"ms_per_token": None, "stderr": 0.0}
-    directories = write(tmp_path, [result])
-    report.run(ReportConfig(results=directories, output_dir=str(tmp_path / "out")))
-    assert "ms per token|loss" not in (tmp_path / "out" / "report.html").read_text()
+    result = small()
+    result["rows"][0] |= {"ms_per_token": None, "stderr": None}
+    results = write(tmp_path, make_file(result))
+    report.run(ReportConfig(results=results, output_dir=str(tmp_path / "out")))
+    (chart,) = charts_of(tmp_path / "out")
+    assert list(chart["axes"]) == ["depth", "FLOPs"]
+    assert "nothing was converted" in own_text(tmp_path / "out")
 
 
-def test_diverged_rows_are_left_out_of_figures_but_not_of_tables(tmp_path: Path) -> None:
-    results = make_results(GAIN, datasets=("math-test",))
-    results[0]["rows"][2] |= {"value": math.nan, "bits_per_byte": math.nan}
-    directories = write(tmp_path, results)
-    report.run(ReportConfig(results=directories, output_dir=str(tmp_path / "out")))
-    assert "| nan \u00b1 0.0" in (tmp_path / "out" / "report.md").read_text()
+def test_a_diverged_depth_is_left_out_of_figures_but_not_of_tables() -> None:
+    result = make_result(
+        "recurrent", "before", {"math-test": {1: 2.0, 2: 2.1, 4: 2.2}}, states=None
+    )
+    result["rows"][2] |= {
+        "value": None,
+        "stderr": None,
+        "bits_per_byte": None,
+        "seed_values": [None],
+    }
+    result["items"]["math-test"]["values"]["4"][3] = None
+    said = page.make_page([result | {"samples": []}], None, "rondo report")
+    (panel,) = said.panels
+    spec = panel.figures[0].specs["nats per token"]
+    assert [row["num_recurrences"] for row in spec["datasets"]["points"]] == [1, 2]
+    assert [line[2] for line in panel.tables[0].lines][2] == "no finite value"
 
 
-def _break(name: str, directory: Path) -> None:
+def test_tasks_need_not_be_the_same(tmp_path: Path) -> None:
+    files = (make_file(small()), make_file(make_result("static", "after", {"acc": {1: 0.3}})))
+    said = page.make_page(load(write(tmp_path, *files)), None, "rondo report")
+    assert [panel.task for panel in said.panels] == ["math-test", "acc"]
+    assert [len(panel.tables[0].lines) for panel in said.panels] == [1, 1]
+
+
+def test_samples_are_those_that_change_balanced_between_better_and_worse(tmp_path: Path) -> None:
+    result = make_result("recurrent", "after", {"acc": {1: 0.3, 2: 0.5}, "gen": {1: 0.9, 2: 0.3}})
+    (loaded,) = load(write(tmp_path, make_file(result), lines=make_samples(result)))
+    better, worse = samples.groups([loaded], 10)
+    assert (better.total, worse.total) == (12, 36)
+    assert (len(better.samples), len(worse.samples)) == (5, 5)
+    assert {sample.task for sample in better.samples} == {"acc"}
+    assert [answer.right for answer in better.samples[0].answers] == [False, True]
+    assert [answer.right for answer in worse.samples[0].answers] == [True, False]
+    better, worse = samples.groups([loaded], 40)
+    assert (len(better.samples), len(worse.samples)) == (12, 28)
+
+
+def test_long_samples_keep_their_begin_and_their_end(tmp_path: Path) -> None:
+    result = make_result("recurrent", "after", {"acc": {1: 0.3, 2: 0.5}})
+    lines = [line | {"prompt": f"begin{'x' * 9_000}end"} for line in make_samples(result)]
+    (loaded,) = load(write(tmp_path, make_file(result), lines=lines))
+    prompt = samples.groups([loaded], 1)[0].samples[0].prompt
+    assert len(prompt) < 2_000
+    assert prompt.startswith("begin")
+    assert prompt.endswith("end")
+
+
+def _break(complaint: str, directory: Path) -> None:
     path = directory / "results.json"
-    result = json.loads(path.read_text())
-    match name:
+    content = json.loads(path.read_text())
+    result = content["results"][0]
+    match complaint:
         case "no results.json":
             path.unlink()
+            return
         case "cannot read":
-            path.write_text("{")
-        case "format_version 2":
-            path.write_text(json.dumps(result | {"format_version": 2}))
-        case "lacks documents":
-            del result["documents"]
-            path.write_text(json.dumps(result))
-        case "other documents":
-            result["datasets"]["math-test"]["sha256"] = "1" * 64
-            path.write_text(json.dumps(result))
+            path.write_text(path.read_text()[:100])
+            return
+        case "another version of rondo":
+            content["format_version"] = 1
+        case "lacks items":
+            del result["items"]
+        case "lacks model.role":
+            del result["model"]["role"]
+        case "other items":
+            result["tasks"]["math-test"]["sha256"] = "1" * 64
+        case "measured on other items":
+            result["items"]["math-test"]["weights"][0] += 1
+        case "is no sample":
+            (directory / "samples.jsonl").write_text('{"model": "parent", "ta')
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
     "complaint",
-    ["no results.json", "cannot read", "format_version 2", "lacks documents", "other documents"],
+    [
+        "no results.json",
+        "cannot read",
+        "another version of rondo",
+        "lacks items",
+        "lacks model.role",
+        "other items",
+        "measured on other items",
+        "is no sample",
+    ],
 )
 def test_bad_results_are_refused_by_name(tmp_path: Path, complaint: str) -> None:
-    directories = write(tmp_path, make_results(GAIN))
+    first = make_file(make_result("recurrent", "after", SMALL))
+    directories = write(tmp_path, first, make_file(small()))
     _break(complaint, Path(directories[1]))
     config = ReportConfig(results=directories, output_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match=complaint) as error:
         report.run(config)
     assert directories[1] in str(error.value)
-    assert not (tmp_path / "out").exists()
+    if "items" in complaint and "lacks" not in complaint:
+        assert directories[0] in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval-0", "eval-1"]
 
 
 def test_missing_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no directory"):
-        report.load([str(tmp_path / "nowhere")])
+        load([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="no results given"):
-        report.load([])
+        load([])
 
 
-def test_output_is_replaced_only_on_demand(tmp_path: Path) -> None:
-    directories = write(tmp_path, make_results(GAIN, datasets=("math-test",))[3:])
+def test_output_is_replaced_only_on_demand_and_never_the_results(tmp_path: Path) -> None:
+    directories = write(tmp_path, make_file(small()))
     output_dir = tmp_path / "out"
-    output_dir.mkdir()
-    (output_dir / "mine.txt").write_text("keep")
     config = ReportConfig(results=directories, output_dir=str(output_dir))
+    report.run(config)
+    (output_dir / "old.svg").write_text("of another report")
     with pytest.raises(UserError, match="--overwrite"):
         report.run(config)
     report.run(config.model_copy(update={"overwrite": True}))
-    assert (output_dir / "report.html").exists()
-    assert (output_dir / "mine.txt").read_text() == "keep"
+    assert not (output_dir / "old.svg").exists()
+    with pytest.raises(UserError, match="delete the source"):
+        report.run(config.model_copy(update={"overwrite": True, "output_dir": directories[0]}))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    with pytest.raises(UserError, match="nothing of ours"):
+        report.run(
+            config.model_copy(update={"overwrite": True, "output_dir": str(tmp_path / "mine")})
+        )
 
 
-def test_probe_figures_name_the_choice() -> None:
-    layers = [
-        {
-            "layer": layer,
-            "block_influence": 0.5 / (layer + 1),
-            "angular_distance": 0.3 / (layer + 1),
-            "part": "core" if layer in (4, 5, 6) else "prelude" if layer < 4 else "coda",
-        }
-        for layer in range(12)
-    ]
-    cores = [
-        {
-            "core": f"{start}-{start + 3}",
-            "num_recurrences": depth,
-            "mixing": mixing,
-            "difference": (start - 4) ** 2 * depth * mixing * 0.1 - 0.03,
-            "chosen": start == 4,
-        }
-        for start in range(2, 8)
-        for depth in (2, 4)
-        for mixing in (0.25, 0.5)
-    ]
-    assert "Layers 4 to 6 are the core" in plots.to_svg(plots.layer_chart(layers))
-    assert "Looping core 4-7 lowers the loss by up to 0.0300" in plots.to_svg(
-        plots.core_chart(cores)
+FRONT = "---\nlibrary_name: transformers\ntags: [rondo]\n---\n# A model\n\nText.\n"
+
+
+@pytest.fixture(scope="module")
+def said() -> tuple[list[Json], page.Page]:
+    results = [one | {"samples": []} for one in make_files()[0]["results"][:2]]
+    return results, page.make_page(results, None, "rondo report")
+
+
+def test_model_card_gets_its_section_once_and_keeps_the_rest(
+    tmp_path: Path, said: tuple[list[Json], page.Page]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(FRONT)
+    card.write(tmp_path, card.updated(tmp_path, *said))
+    first = readme.read_text()
+    assert first.startswith(FRONT)
+    assert "Depth helps on" in first
+    loss = said[0][0]["rows"][0]["value"]
+    assert f"| math-test: loss (nats) | {loss:.4f} \u00b1" in first
+    assert "| acc-arc: acc\\_norm | 40.0 \u00b1 6.4% |" in first
+    assert "| FLOPs per token | 270M | 312M |" in first
+    readme.write_text(first.replace("Depth helps on", "Old words on") + "\n## Later\n")
+    card.write(tmp_path, card.updated(tmp_path, *said))
+    assert readme.read_text() == first + "\n## Later\n"
+
+
+def test_model_card_with_half_a_section_is_refused(
+    tmp_path: Path, said: tuple[list[Json], page.Page]
+) -> None:
+    (tmp_path / "README.md").write_text(f"{FRONT}\n{card.BEGIN}\n")
+    with pytest.raises(UserError, match="only one of"):
+        card.updated(tmp_path, *said)
+
+
+def test_model_card_is_of_the_checkpoint_that_was_measured(
+    tmp_path: Path, said: tuple[list[Json], page.Page]
+) -> None:
+    results = copy.deepcopy(said[0])
+    results[1]["model"]["path"] = str(tmp_path)
+    text = card.updated(tmp_path, results, said[1])
+    assert "| task | r = 1 |\n" in text
+    assert f"{results[1]['rows'][0]['value']:.4f} \u00b1" in text
+
+
+def test_card_of_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    results = write(tmp_path, make_file(small()))
+    (tmp_path / "model").mkdir()
+    config = ReportConfig(
+        results=results, output_dir=str(tmp_path / "out"), card=str(tmp_path / "model")
     )
-    assert plots.to_png(plots.core_chart(cores)).startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        report.run(config)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    report.run(config)
+    assert card.BEGIN in (tmp_path / "model" / "README.md").read_text()

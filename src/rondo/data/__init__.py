@@ -6,7 +6,7 @@ Read in that order; `open_rows` in rows.py puts them together.
 from rondo.data.documents import Documents, read_documents
 from rondo.data.mixture import read_phases
 from rondo.data.rows import Rows, TrainingRows, held_out_rows, open_rows
-from rondo.data.sources import SAMPLES
+from rondo.data.sources import SAMPLES, parse_source, records
 from rondo.data.tokens import (
     beginning,
     check_tokenizer,
@@ -16,6 +16,7 @@ from rondo.data.tokens import (
     pad_token,
     padded_batches,
     separator_of,
+    tokenise,
 )
 
 __all__ = [
@@ -32,7 +33,10 @@ __all__ = [
     "packed_rows",
     "pad_token",
     "padded_batches",
+    "parse_source",
     "read_documents",
     "read_phases",
+    "records",
     "separator_of",
+    "tokenise",
 ]

@@ -12,9 +12,7 @@ from tqdm import tqdm
 
 from rondo.config import WatchConfig
 from rondo.errors import UserError
-
-FILE = "metrics.jsonl"
-VALIDATION = "val/loss@r"
+from rondo.provenance import METRICS, VALIDATION, read_metrics
 
 
 class Tracker(NamedTuple):
@@ -112,7 +110,7 @@ class Metrics:
         return row
 
     def _keep_steps(self, last: int, last_event: int) -> None:
-        path, fresh = self._directory / FILE, self._directory / f".{FILE}"
+        path, fresh = self._directory / METRICS, self._directory / f".{METRICS}"
         lines = read_metrics(self._directory)
         rows = [row for row in lines if row["step"] <= (last_event if "event" in row else last)]
         fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -173,24 +171,3 @@ def start_tracker(
         resume="allow" if first_step else "never",
     )
     return Tracker(lambda step, numbers: module.log(numbers, step=step), module.finish)
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run, steps and events, none where it has not begun.
-
-    Raises:
-        UserError: A line other than a last one cut short is damaged.
-    """
-    path = directory / FILE
-    if not path.is_file():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}, line {number} is no JSON ({error}): remove the line"
-                ) from error
-    return rows

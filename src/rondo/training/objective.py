@@ -11,10 +11,10 @@ from torch import nn
 
 from rondo.config import LossConfig
 from rondo.data import Rows
+from rondo.dynamics import loop_health
 from rondo.modeling.modeling_recurrent import lm_logits
 from rondo.training.budget import Draw
 from rondo.training.losses import Hidden, Losses, chunked_losses
-from rondo.training.telemetry import loop_health
 
 PLAIN = LossConfig()
 

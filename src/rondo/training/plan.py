@@ -22,6 +22,7 @@ from rondo.config import PlanConfig
 from rondo.data import read_phases
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
+from rondo.loading import parent_directory
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.inputs_recurrent import LayerInputs
 from rondo.training import adapters
@@ -36,7 +37,7 @@ from rondo.training.budget import (
 )
 from rondo.training.losses import CHUNK_TOKENS
 from rondo.training.optim import role
-from rondo.training.setup import check_depths, parent_directory, share
+from rondo.training.setup import check_depths, share
 
 RECIPES = Path("recipes")
 # Of a logit, at the peak of a chunk: itself, its log-softmax and its gradient, all in float32.

@@ -1,7 +1,6 @@
 """What a run is made of: model, text, optimizers and plan, loaded and checked before it begins."""
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rondo.config import TrainConfig
 from rondo.data import Rows, TrainingRows, check_tokenizer, held_out_rows, load_tokenizer, open_rows
 from rondo.errors import UserError
 from rondo.flops import Costs, costs_of, costs_of_parent
-from rondo.loading import MODEL_FILES, fetch, load_model
+from rondo.loading import load_model, parent_directory
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.processes import World
 from rondo.training import adapters, distributed, optim
@@ -179,23 +178,6 @@ def directories(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
     if config.mode == "static" and before is None:
         directory = parent_directory(facts["parent"])
     return directory, facts["parent"]
-
-
-def parent_directory(parent: dict[str, Any], patterns: Sequence[str] = MODEL_FILES) -> Path:
-    """Return where a parent lies, fetched from the hub where it is a hub id.
-
-    Raises:
-        UserError: It cannot be had as a directory.
-    """
-    path = Path(parent["path"])
-    if (path / "config.json").is_file():
-        return path
-    if path.is_absolute() or path.suffix == ".gguf" or parent["path"] == "smollm2":
-        raise UserError(
-            f"the parent is needed as a directory, and {path} is none: for a GGUF file, convert "
-            "from the output of rondo dequantize"
-        )
-    return fetch(parent["path"], parent.get("revision"), patterns)
 
 
 def load(config: TrainConfig, directory: Path, dtype: torch.dtype) -> Any:

@@ -1,0 +1,232 @@
+"""What the harness says of a task at each depth, as an outcome."""
+
+import hashlib
+import json
+import math
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rondo.evaluation.outcome import Outcome, Score, finite, ratio, ratio_stderr
+from rondo.evaluation.tasks import HarnessTask
+
+Json = dict[str, Any]
+
+# What a task is judged by, the first of these that it has; else by its first metric.
+METRICS = ("acc_norm", "acc", "math_verify", "exact_match", "bits_per_byte")
+FILTERS = ("flexible-extract", "none", "strict-match")
+# Steps of a filter that choose among several answers.
+SELECTIONS = ("take_first", "take_first_k", "majority_vote")
+# Characters of a prompt (its end) and of an answer that are kept to be shown.
+SHOWN = 1500
+
+
+def voting(task: Any, samples: int, temperature: float) -> Any:
+    """Return the task with several sampled answers per item, of which the most frequent counts."""
+    pipelines = task.config.filter_list or [{"name": "none", "filter": []}]
+    filters = []
+    for pipeline in pipelines:
+        steps = [step for step in pipeline["filter"] if step["function"] not in SELECTIONS]
+        vote = [{"function": "majority_vote"}, {"function": "take_first"}]
+        filters.append({"name": pipeline["name"], "filter": steps + vote})
+    how = task.config.generation_kwargs | {"do_sample": True, "temperature": temperature}
+    changes = {"repeats": samples, "generation_kwargs": how, "filter_list": filters}
+    return type(task)(config=vars(task.config) | changes)
+
+
+class Effort(NamedTuple):
+    """What measuring a task took: seconds, and the tokens of each sequence that was run."""
+
+    seconds: float
+    lengths: list[int]
+
+
+class Series(NamedTuple):
+    """A metric of a task, under one of its filters.
+
+    Attributes:
+        name: What results call it.
+        metric: What the harness calls it.
+        chosen: The filter, which takes the answer from the text.
+        weights: By item.
+        values: By depth and item; summed over the summed weights they are the metric, and None
+            where it is no such ratio.
+        scores: By depth, the harness's number.
+    """
+
+    name: str
+    metric: str
+    chosen: str
+    weights: list[float]
+    values: dict[int, list[float | None]]
+    scores: dict[int, Score]
+
+
+def _all_series(name: str, results: Mapping[int, Any], averaged: Container[str]) -> list[Series]:
+    """Return each metric with each filter, the one that a task is judged by first."""
+    first = next(iter(results.values()))["results"][name]
+    keys = [key.split(",") for key in first if "," in key and "_stderr," not in key]
+    keys.sort(key=lambda key: (_rank(key[0], METRICS), _rank(key[1], FILTERS)))
+    found: list[Series] = []
+    for metric, chosen in keys:
+        plain = metric not in [one.metric for one in found]
+        values: dict[int, list[float | None]] = {}
+        scores, weights = {}, []
+        for depth, result in results.items():
+            items = [one.get(metric) for one in _samples(result, name, chosen)]
+            values[depth], weights = _values(metric, items, metric in averaged)
+            value = float(result["results"][name][f"{metric},{chosen}"])
+            scores[depth] = Score(finite(value), ratio_stderr(values[depth], weights))
+        readable = metric if plain else f"{metric},{chosen}"
+        found.append(Series(readable, metric, chosen, weights, values, scores))
+    return found
+
+
+def _rank(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _samples(result: Any, name: str, chosen: str) -> list[Any]:
+    return [one for one in result["samples"][name] if one["filter"] == chosen]
+
+
+def _values(
+    metric: str, items: Sequence[Any], averaged: bool
+) -> tuple[list[float | None], list[float]]:
+    """Return values and weights of items, whose ratio is the metric."""
+    if averaged:
+        return [None if one is None else float(one) for one in items], [1] * len(items)
+    if metric == "bits_per_byte":
+        return [-logprob / math.log(2) for logprob, _ in items], [size for _, size in items]
+    return [None] * len(items), [1] * len(items)
+
+
+def outcome_of(
+    given: HarnessTask,
+    name: str,
+    task: Any,
+    results: Mapping[int, Any],
+    effort: Effort,
+    averaged: Container[str],
+) -> Outcome:
+    """Describe a task as a subject did it.
+
+    Args:
+        given: What was asked for.
+        name: What results call the task.
+        task: The harness's object.
+        results: By depth, what its `evaluate` returns.
+        effort: What it took, all depths together.
+        averaged: The metrics that are plain means over the items.
+    """
+    every = _all_series(name, results, averaged)
+    main, generates = every[0], task.OUTPUT_TYPE == "generate_until"
+    by_depth = {depth: _samples(one, name, main.chosen) for depth, one in results.items()}
+    items = next(iter(by_depth.values()))
+    docs = json.dumps([one["doc"] for one in items], sort_keys=True, default=str)
+    described = {
+        "kind": "generation" if generates else "likelihood",
+        "metric": main.name,
+        "higher_is_better": bool(task.higher_is_better().get(main.metric, True)),
+        "chance": _chance(task, main.metric, items),
+        "source": given.source,
+        "sha256": hashlib.sha256(docs.encode()).hexdigest(),
+        "items": len(items),
+        "num_fewshot": task.config.num_fewshot,
+        "suite": given.suite,
+    }
+    lines = [
+        {
+            "task": name,
+            "item": one["doc_id"],
+            "prompt": one["arguments"][0][0][-SHOWN:],
+            "target": _target(task, one),
+            "answers": {
+                str(depth): _answer(task, main.metric, ones[number])[:SHOWN]
+                for depth, ones in by_depth.items()
+            },
+            "values": {str(depth): values[number] for depth, values in main.values.items()},
+        }
+        for number, one in enumerate(items)
+    ]
+    return Outcome(
+        name=name,
+        described=described,
+        scores={one.name: one.scores for one in every},
+        seed_values={
+            one.name: {depth: [score.value] for depth, score in one.scores.items()} for one in every
+        },
+        items={
+            "weights": main.weights,
+            "values": {str(depth): values for depth, values in main.values.items()},
+        },
+        samples=lines,
+        seconds=effort.seconds,
+        # Likelihoods of all depths, and of all options, share a pass; each text is one of its own.
+        tokens_per_item=sum(effort.lengths) / len(effort.lengths if generates else items),
+        seq_len=round(sum(effort.lengths) / len(effort.lengths)),
+    )
+
+
+def _chance(task: Any, metric: str, items: Sequence[Any]) -> float | None:
+    """Return what guessing scores: one in the number of choices, and nothing where one writes."""
+    if task.OUTPUT_TYPE == "multiple_choice" and metric in ("acc", "acc_norm"):
+        return sum(1 / len(task.doc_to_choice(one["doc"])) for one in items) / len(items)
+    return 0.0 if task.OUTPUT_TYPE == "generate_until" and "match" in metric else None
+
+
+def _answer(task: Any, metric: str, item: Any) -> str:
+    """Return what was answered, in words: an option, a text, or what most texts come to."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(item["doc"])
+        scores = [logprob for logprob, _ in item["filtered_resps"][: len(choices)]]
+        lengths = [len(one) if metric == "acc_norm" else 1 for one in choices]
+        return choices[int(np.argmax(np.divide(scores, lengths)))]
+    if task.OUTPUT_TYPE == "generate_until":
+        return str(item["filtered_resps"][0] if task.config.repeats > 1 else item["resps"][0][0])
+    return f"log-probability {np.ravel(item['resps'][0][0])[0]:.3f}"
+
+
+def _target(task: Any, item: Any) -> str:
+    target = item["target"]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        # Where the options differ in what comes before, their number stands in the text's place.
+        target = task.doc_to_text(item["doc"]) if task.multiple_input else target
+        if isinstance(target, int):
+            return task.doc_to_choice(item["doc"])[target]
+    return str(target)
+
+
+def pooled(given: HarnessTask, parts: Sequence[Outcome]) -> Outcome:
+    """Return a group as one task: all items weigh the same."""
+    first, counts = parts[0], [len(part.items["weights"]) for part in parts]
+    weights = [one for part in parts for one in part.items["weights"]]
+    values = {
+        depth: [one for part in parts for one in part.items["values"][depth]]
+        for depth in first.items["values"]
+    }
+    scores = {
+        int(depth): Score(ratio(ones, weights), ratio_stderr(ones, weights))
+        for depth, ones in values.items()
+    }
+    chances = [part.described["chance"] for part in parts]
+    hashes = "".join(part.described["sha256"] for part in parts)
+    described = first.described | {
+        "chance": None if None in chances else float(np.average(chances, weights=counts)),
+        "source": given.source,
+        "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        "items": len(weights),
+    }
+    metric = described["metric"]
+    return Outcome(
+        name=given.name,
+        described=described,
+        scores={metric: scores},
+        seed_values={metric: {depth: [score.value] for depth, score in scores.items()}},
+        items={"weights": weights, "values": values},
+        samples=[],
+        seconds=sum(part.seconds for part in parts),
+        tokens_per_item=float(np.average([part.tokens_per_item for part in parts], weights=counts)),
+        seq_len=round(float(np.average([part.seq_len for part in parts], weights=counts))),
+    )

@@ -1,0 +1,72 @@
+"""What a report is put together from: figures and tables, in plain text."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rondo import plots
+from rondo.evaluation.measures import Finding
+from rondo.report import words
+
+Json = dict[str, Any]
+Line = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure: still for Markdown, and in the variants between which the page switches."""
+
+    file: str
+    svg: str
+    specs: dict[str, Json]
+    """By what is drawn upwards."""
+    axes: dict[Any, Json]
+    """What replaces the encoding of x, by the axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Lines of text under a head; `title` tells what is in it."""
+
+    title: str
+    head: Line
+    lines: Sequence[Line]
+    said: bool = False
+    """Whether it holds sentences, and is open at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Figures with what they mean in words, and their tables."""
+
+    title: str
+    figures: list[Figure]
+    notes: list[str]
+    tables: list[Table]
+
+
+def draw(file: str, charts: dict[str, Any], axes: dict[Any, Json] | None = None) -> Figure:
+    """Render charts by what is drawn upwards; the first is the still picture."""
+    svg = plots.to_svg(next(iter(charts.values())))
+    return Figure(file, svg, {name: plots.to_spec(c) for name, c in charts.items()}, axes or {})
+
+
+def tabulate(title: str, findings: Iterable[Finding]) -> Table:
+    """Put findings in a table."""
+    lines = [[f.name, words.interval(f.value, f.low, f.high, f.unit), f.sentence] for f in findings]
+    return Table(title, ["measure", "value (95% interval)", "in words"], lines, said=True)
+
+
+def training_cost(model: Json) -> str:
+    """Tell what was trained at what cost."""
+    training = model["training"]
+    if not training:
+        trained = model["stage"] == "after"
+        return "How it was trained is not known here." if trained else "Nothing was trained."
+    depth = f", recurrence {training['recurrence']}" if model["split"] else ""
+    return (
+        f"Trained on {words.number(training['tokens'], ',')} tokens of {training['data']} in "
+        f"{words.number(training['steps'], ',')} steps: {words.si(training['flops'])} FLOPs, "
+        f"{words.number(training['seconds'], ',.0f')} s (loss {training['loss']}{depth}, seed "
+        f"{training['seed']})."
+    )

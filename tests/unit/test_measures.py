@@ -1,0 +1,218 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from synthetic import make_result
+
+from rondo.evaluation.measures import (
+    Finding,
+    Json,
+    depth_measures,
+    knees,
+    measure,
+    paired_bootstrap,
+    wilson,
+)
+
+GAIN = {1: 2.0, 2: 1.9, 4: 1.88, 8: 1.885}
+FLAT = {1: 2.0, 2: 2.0, 4: 2.0, 8: 2.0}
+
+
+def measures(result: Json, task: str = "math-test") -> dict[str, Finding]:
+    return {finding.name: finding for finding in depth_measures(result, task)}
+
+
+def of_losses(means: dict[int, float], **changes: object) -> dict[str, Finding]:
+    return measures(make_result(tasks={"math-test": means}, num_items=100, **changes))
+
+
+def of_answers(*by_depth: str, depths: tuple[int, ...] = (1, 2, 4)) -> dict[str, Finding]:
+    """Measure items whose answers are given as strings of 0 and 1, one per depth, repeated."""
+    result = make_result(tasks={"acc-x": dict.fromkeys(depths, 0.5)}, num_items=4)
+    answers = [[float(one) for one in line] * 10 for line in by_depth]
+    result["items"]["acc-x"] = {
+        "weights": [1] * len(answers[0]),
+        "values": {str(r): line for r, line in zip(depths, answers, strict=True)},
+    }
+    return measures(result, "acc-x")
+
+
+def test_a_falling_loss_is_a_gain_and_so_is_a_rising_accuracy() -> None:
+    assert of_losses(GAIN)["total gain"].value == pytest.approx(0.12, abs=0.01)
+    accuracy = measures(make_result(tasks={"acc-x": {1: 0.4, 2: 0.5}}, num_items=100), "acc-x")
+    assert accuracy["total gain"].value == pytest.approx(10)
+    assert accuracy["total gain"].unit == "points"
+    assert "r = 2 is better than r = 1 by 10.0 points" in accuracy["total gain"].sentence
+    assert accuracy["best depth"].value == 2
+    assert "(50.0%)" in accuracy["best depth"].sentence
+
+
+def test_a_harmful_depth_is_worse_and_not_hidden_by_the_best() -> None:
+    found = of_losses({1: 1.9, 2: 2.0, 4: 2.1})
+    assert found["best depth"].value == 1
+    assert found["total gain"].value == pytest.approx(-0.1, abs=0.01)
+    assert "r = 2, the best of 2 deeper ones, is worse than r = 1" in found["total gain"].sentence
+    assert found["knee"].value is None
+
+
+def test_marginal_gains_add_up_and_each_has_an_interval() -> None:
+    found = of_losses(GAIN)
+    steps = [found[f"gain {step}"] for step in ("1 to 2", "2 to 4", "4 to 8")]
+    scores = measure(make_result(tasks={"math-test": GAIN}, num_items=100), "math-test").scores
+    assert sum(step.value or 0 for step in steps) == pytest.approx(scores[-1] - scores[0])
+    assert all(step.low < step.value < step.high for step in steps)
+    assert steps[0].low > 0 > steps[2].high
+
+
+def test_marginal_gain_of_a_flat_curve_is_nothing() -> None:
+    found = of_losses(FLAT)["gain 1 to 2"]
+    assert found.low < 0 < found.high
+    assert "not shown to differ" in found.sentence
+    assert "may be chance" in found.sentence
+
+
+def test_gain_per_gflop_divides_by_what_the_loops_executed() -> None:
+    found = of_losses(GAIN)
+    for step, loops in (("1 to 2", 1), ("2 to 4", 2), ("4 to 8", 4)):
+        gain, price = found[f"gain {step}"], found[f"gain per GFLOP {step}"]
+        assert price.value == pytest.approx(gain.value / (0.042 * loops))
+        assert price.high == pytest.approx(gain.high / (0.042 * loops))
+
+
+def test_gain_per_gflop_is_unknown_without_flops() -> None:
+    result = make_result(num_items=20)
+    for row in result["rows"]:
+        row["flops_per_token"] = None
+    assert measures(result)["gain per GFLOP 1 to 2"].value is None
+
+
+def test_knee_is_where_the_curve_bends() -> None:
+    bent = np.array([[0, 0.8, 0.9, 1.0], [0, 0.4, 0.9, 1.0]])
+    assert knees((1, 2, 4, 8), bent).tolist() == [1, 2]
+    assert knees((1, 2, 4, 8), -bent).tolist() == [-1, -1]
+    assert knees((1, 4), np.array([[0.0, 1.0]])).tolist() == [-1]
+
+
+def test_a_gain_straight_in_log_depth_has_no_knee_nor_has_a_flat_one() -> None:
+    assert knees((1, 2, 4, 8), np.array([[0.0, 1, 2, 3], [1, 1, 1, 1]])).tolist() == [-1, -1]
+    assert of_losses(GAIN)["knee"].value == 2
+    assert "100% of resamples" in of_losses(GAIN)["knee"].sentence
+    assert "no depth is shown to beat r = 1" in of_losses(FLAT)["knee"].sentence
+    assert "three depths" in of_losses({1: 2.0, 2: 1.0})["knee"].sentence
+
+
+def test_practical_knee_is_the_smallest_depth_that_noise_cannot_tell_from_the_best() -> None:
+    # The depths differ by 0.02 per document: one standard error over 100 is about 0.003.
+    assert of_losses({1: 2.0, 2: 1.9, 4: 1.8995, 8: 1.899})["practical knee"].value == 2
+    assert of_losses({1: 2.0, 2: 1.91, 4: 1.905, 8: 1.9})["practical knee"].value == 8
+
+
+def test_rates_count_what_deeper_loops_spoil_and_mend() -> None:
+    found = of_answers("1100", "0110", "1001")
+    # Second and third item are right once and wrong at the end; the fourth is mended.
+    assert found["overthinking rate"].value == 50
+    assert found["self-correction rate"].value == 25
+    assert "the 25.0% that go the other way" in found["self-correction rate"].sentence
+    assert "by chance as many" in found["self-correction rate"].sentence
+    assert "more than" in of_answers("0000", "0110", "1111")["self-correction rate"].sentence
+    assert "documents better" not in found
+
+
+def test_rates_take_means_over_seeds_by_their_majority() -> None:
+    result = make_result(tasks={"gen-x": {1: 0.5, 2: 0.5}}, num_items=20)
+    result["items"]["gen-x"]["values"] = {"1": [0.67] * 20, "2": [0.33] * 20}
+    assert measures(result, "gen-x")["overthinking rate"].value == 100
+
+
+def test_losses_have_a_share_of_documents_instead_of_rates() -> None:
+    found = of_losses(GAIN)
+    assert found["documents better"].value > 95
+    assert "more than half" in found["documents better"].sentence
+    assert "about half" in of_losses(FLAT)["documents better"].sentence
+    assert "overthinking rate" not in found
+
+
+def test_wilson_interval_matches_its_table() -> None:
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-3)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_oracle_is_the_best_of_each_item_and_says_it_is_a_bound() -> None:
+    found = of_answers("1100", "0110", "1001")["oracle depth"]
+    assert found.value == 50  # all four are right once, each depth has two
+    assert "upper bound" in found.sentence
+    assert "100.0%" in found.sentence
+
+
+def test_stability_looks_up_to_four_times_the_trained_depth() -> None:
+    fallen = of_losses({1: 2.0, 2: 1.8, 4: 1.85, 8: 1.9, 16: 1.0})["stability"]
+    assert fallen.value == pytest.approx(-0.1, abs=0.01)
+    assert "r = 8 is worse than r = 2" in fallen.sentence
+    assert of_losses({1: 2.0, 2: 1.8, 16: 1.0})["stability"].value is None
+    assert of_losses({1: 2.0, 4: 1.9}, model={"trained_recurrence": 3})["stability"].value is None
+    near = of_losses({1: 2.0, 4: 1.9, 8: 1.9}, model={"trained_recurrence": 3.6})["stability"]
+    assert "r = 4 (the nearest to 3.6)" in near.sentence
+    assert (
+        "Not trained" in of_losses(GAIN, model={"trained_recurrence": None})["stability"].sentence
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, None])
+def test_depths_without_numbers_are_left_out_and_named(bad: float | None) -> None:
+    result = make_result(tasks={"math-test": GAIN}, num_items=20)
+    result["items"]["math-test"]["values"]["8"][3] = bad
+    found = measures(result)
+    assert "r = 8 gave values that are no numbers" in found["left out"].sentence
+    assert "gain 4 to 8" not in found
+    assert found["best depth"].value == 4
+
+
+def test_one_depth_says_nothing_about_depth() -> None:
+    assert list(of_losses({1: 2.0})) == ["depth"]
+
+
+def test_few_items_have_no_interval() -> None:
+    found = measures(make_result(num_items=6))["total gain"]
+    assert (found.low, found.high) == (None, None)
+    assert "6 items are too few" in found.sentence
+
+
+def test_bootstrap_interval_matches_the_normal_one() -> None:
+    rng = np.random.default_rng(1)
+    base = rng.normal(300, 60, 400)
+    change = rng.normal(10, 10, 400)
+    gap = paired_bootstrap(base + change, base, [100] * 400)
+    half_width = 1.96 * change.std() / 20 / 100
+    assert gap.value == pytest.approx(change.mean() / 100)
+    assert gap.high - gap.value == pytest.approx(half_width, rel=0.15)
+    assert gap.value - gap.low == pytest.approx(half_width, rel=0.15)
+    assert gap == paired_bootstrap(base + change, base, [100] * 400)
+    wider = paired_bootstrap(base + change, base, [100] * 400, choices=5)
+    assert wider.low < gap.low
+    assert wider.high > gap.high
+
+
+def test_bootstrap_is_of_a_ratio_of_sums() -> None:
+    # Losses in proportion to their tokens: whatever is resampled, the ratio stays.
+    weights = np.arange(1, 41)
+    gap = paired_bootstrap(0.5 * weights, 0 * weights, weights)
+    assert (gap.low, gap.value, gap.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_bootstrap_intervals_hold_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        change = rng.normal(0.3, 1, 60)
+        gap = paired_bootstrap(change, np.zeros(60), np.ones(60))
+        held += gap.low <= 0.3 <= gap.high
+    assert 180 <= held <= 197
+
+
+def test_statistics_load_without_torch() -> None:
+    modules = "rondo.verdict, rondo.evaluation.fits, rondo.evaluation.controls"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

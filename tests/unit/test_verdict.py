@@ -1,0 +1,218 @@
+import math
+import re
+
+import pytest
+from synthetic import make_result
+
+from rondo.evaluation.measures import Json, paired_bootstrap
+from rondo.verdict import caveats, claims_gain, headline, judge, subject, verdict
+
+TASKS = ("math-test", "wiki-test")
+GAIN = {1: 1.50, 2: 1.44, 4: 1.43}
+HARM = {1: 1.46, 2: 1.52, 4: 1.60}
+NOTHING = {1: 1.50, 2: 1.5003, 4: 1.5002}
+HELPS = "After training, does depth help?"
+
+
+def make_results(after: dict[int, float], static: float = 1.47) -> list[Json]:
+    before = {1: 2.13, 2: 2.09, 3: 2.10, 4: 2.11}
+    return [
+        make_result(tasks={task: after for task in TASKS}),
+        make_result(stage="before", tasks={task: before for task in TASKS}),
+        make_result("parent", tasks={task: {1: 2.13} for task in TASKS}),
+        make_result("static", tasks={task: {1: static} for task in TASKS}),
+    ]
+
+
+def answer(results: list[Json], question: str = HELPS, task: str = "math-test") -> str:
+    """Return what the verdict says to a question on a task."""
+    answers = next(answers for asked, answers in judge(results) if asked.startswith(question))
+    return next(one for one in answers if f" on {task}: " in one)
+
+
+def test_verdict_tells_a_gain_with_its_size_and_price() -> None:
+    said = answer(make_results(GAIN))
+    assert said.startswith("Yes on math-test: r = 4, best of 2, is 0.0")
+    assert "nats per token better than r = 1 (95% interval 0.0" in said
+    assert "1.47x the FLOPs" in said
+
+
+def test_interval_allows_for_the_choice_of_the_best_depth() -> None:
+    result = make_result(tasks={"text": GAIN})
+    items = result["items"]["text"]
+    gap = paired_bootstrap(items["values"]["1"], items["values"]["4"], items["weights"], choices=2)
+    assert f"(95% interval {gap.low:.4f} to {gap.high:.4f})" in answer([result], task="text")
+
+
+def test_verdict_on_accuracies_speaks_of_points() -> None:
+    result = make_result(tasks={"acc-x": {1: 0.3, 2: 0.5}, "gen-x": {1: 0.5, 2: 0.3}})
+    assert answer([result], task="acc-x").startswith(
+        "Yes on acc-x: r = 2 is 20.0 points better than r = 1"
+    )
+    assert answer([result], task="gen-x").startswith("No on gen-x: r = 2 is 20.0 points worse")
+
+
+def test_verdict_says_where_depth_harms() -> None:
+    said = answer(make_results(HARM))
+    assert said.startswith("No on math-test")
+    assert "worse than r = 1" in said
+
+
+def test_verdict_sees_no_difference_in_noise() -> None:
+    said = answer(make_results(NOTHING))
+    assert said.startswith("Not shown on math-test")
+    assert "which may be chance" in said
+
+
+@pytest.mark.parametrize(("static", "word"), [(1.60, "Yes"), (1.30, "No")])
+def test_verdict_compares_with_the_static_twin_both_ways(static: float, word: str) -> None:
+    results = make_results(GAIN, static)
+    assert answer(results, "Is the best depth better").startswith(f"{word} on")
+    assert answer(results, "At r = 1, is the trained model better than the s").startswith(word)
+
+
+def test_verdict_asks_the_weightiest_question_first_and_answers_for_each_task() -> None:
+    lines = verdict(make_results({1: 1.5, 2: 1.47}))
+    assert len(lines) == 5
+    assert all(task in line for line in lines for task in TASKS)
+    assert lines[0].startswith("After training, does depth help? Yes on math-test")
+    assert lines[1].startswith("Is the best depth better than the static twin, at equal training")
+
+
+def test_answers_begin_with_one_of_four_words() -> None:
+    others = [make_result(role, tasks={"gen-x": {1: 0.2}}) for role in ("random", "static")]
+    results = [make_result(tasks={"gen-x": {1: 0.1, 2: 0.4}, "text": GAIN}), *others]
+    for _, answers in [*judge(results), *judge(others), *judge(make_results(NOTHING))]:
+        assert answers
+        assert all(re.match(r"(Yes|No|Not shown|Not known)( on |:)", one) for one in answers)
+
+
+def test_verdict_names_unequal_training_cost() -> None:
+    results = make_results(GAIN)
+    assert any("at equal training FLOPs" in line for line in verdict(results))
+    results[3]["model"]["training"] = results[3]["model"]["training"] | {"flops": 0.6 * 5.1e13}
+    assert any("trained with 0.60x its FLOPs" in line for line in verdict(results))
+    results[3]["model"]["training"] = None
+    assert any("training FLOPs unknown" in line for line in verdict(results))
+
+
+def test_verdict_says_what_is_missing() -> None:
+    after, before, parent, _ = make_results(GAIN)
+    assert "no static twin" in " ".join(verdict([after, before, parent]))
+    assert "no trained recurrent model" in verdict([before, parent])[0]
+    assert "no trained recurrent model" in verdict([parent])[0]
+
+
+def test_verdict_survives_a_diverged_depth() -> None:
+    results = make_results(GAIN)
+    results[0]["items"]["math-test"]["values"]["4"][3] = math.nan
+    assert "r = 2" in answer(results)
+    results[0]["items"]["math-test"]["values"]["1"][3] = None
+    assert answer(results).startswith("Not known on math-test")
+    assert answer(results, task="wiki-test").startswith("Yes")
+
+
+def test_verdict_draws_no_conclusion_from_few_items() -> None:
+    result = make_result(tasks={"text": GAIN}, num_items=6)
+    assert "6 items are too few" in verdict([result])[0]
+    assert not claims_gain([result])
+
+
+def test_verdict_compares_only_the_same_items() -> None:
+    results = make_results(GAIN)
+    results[3]["tasks"]["math-test"] = results[3]["tasks"]["math-test"] | {"sha256": "1" * 64}
+    said = answer(results, "Is the best depth better")
+    assert said.startswith("Not known on math-test: the static twin was not measured")
+
+
+def test_self_consistency_is_asked_about_what_it_can_answer() -> None:
+    ours = make_result(tasks={"gen-x": {1: 0.2, 2: 0.5}, "text": GAIN})
+    votes = make_result("self-consistency", tasks={"gen-x": {1: 0.3}})
+    (said,) = dict(judge([ours, votes]))[
+        "Is the best depth better than the parent with self-consistency?"
+    ]
+    assert said.startswith("Yes on gen-x: r = 2, best of 2, is 20.0 points better than the parent")
+    assert "of 3 samples" in said
+
+
+def test_random_twin_is_met_at_its_best() -> None:
+    results = [make_result(tasks={"text": GAIN}), make_result("random", tasks={"text": {2: 1.3}})]
+    assert answer(results, "Is the best depth better than the random", "text").startswith("No")
+
+
+@pytest.mark.parametrize(
+    ("results", "sentence"),
+    [
+        (
+            make_results(GAIN),
+            "Depth helps on 2 of 2 tasks; its best depth beats the static twin at equal training "
+            "FLOPs on 2 of 2.",
+        ),
+        (
+            make_results(HARM, static=1.3),
+            "Depth is shown to help on none of 2 tasks and harms on 2; its best depth beats the "
+            "static twin at equal training FLOPs on none of 2.",
+        ),
+        (
+            [make_result(tasks={"text": GAIN}), make_result("static", tasks={"text": {1: 1.2}})],
+            "Depth helps on text; its best depth loses to the static twin at equal training FLOPs.",
+        ),
+        (make_results(NOTHING)[:1], "none of 2 tasks; no static twin was measured."),
+        (make_results(GAIN)[1:], "no trained recurrent model is here"),
+    ],
+)
+def test_headline_sums_the_tasks_up(results: list[Json], sentence: str) -> None:
+    said = headline(results)
+    assert said.endswith(sentence) or sentence in said
+    assert len(said.split()) <= 30
+
+
+def test_a_claim_is_seen_wherever_depth_is_said_to_help() -> None:
+    assert claims_gain(make_results(GAIN))
+    nothing = [
+        make_result(tasks={"text": NOTHING}),
+        make_result("parent", tasks={"text": {1: 2.0}}),
+    ]
+    # At r = 1 the trained model is better than its parent, which is no gain of depth.
+    assert answer(nothing, "At r = 1", "text").startswith("Yes")
+    assert not claims_gain(nothing)
+    assert claims_gain([make_result(stage="before", tasks={"text": GAIN})])
+    assert not claims_gain(make_results(GAIN)[2:])
+
+
+def test_caveats_count_comparisons_seeds_and_limits() -> None:
+    results = make_results(GAIN)
+    said = " ".join(caveats(results))
+    assert "10 comparisons" in said
+    assert "about 1 would" in said
+    assert "trained with one seed" in said
+    assert "Only the first" not in said
+    for result in results:
+        result["conditions"]["limit"] = 1000
+    results[0]["conditions"]["seeds"] = [0, 1, 2]
+    said = " ".join(caveats(results))
+    assert "Only the first 1,000 items" in said
+    assert "3 seeds are averaged" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("dtype", "bfloat16"), ("device", "cuda"), ("seq_len", 64), ("limit", 9)]
+)
+def test_caveats_name_conditions_that_differ(key: str, other: object) -> None:
+    results = make_results(GAIN)
+    assert not any(f"same {key}" in note for note in caveats(results))
+    results[1]["conditions"][key] = other
+    assert any(f"same {key}" in note and str(other) in note for note in caveats(results))
+
+
+def test_caveats_name_data_that_differ() -> None:
+    results = make_results(GAIN)
+    results[3]["model"]["training"] = results[3]["model"]["training"] | {"data": "wiki"}
+    assert any("wiki" in note for note in caveats(results))
+
+
+def test_subject_is_the_trained_loop_then_any_loop_then_the_first() -> None:
+    after, before, parent, static = make_results(GAIN)
+    assert subject([parent, before, after]) is after
+    assert subject([parent, before]) is before
+    assert subject([static, parent]) is static

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from rondo.evaluation.comparisons import NUM_RESAMPLES, Json, Measured, difference, measure
 from rondo.evaluation.controls import (
     cost_words,
     find,
@@ -15,9 +16,6 @@ from rondo.evaluation.controls import (
     spoken,
     training_words,
 )
-from rondo.evaluation.measures import NUM_RESAMPLES, Json, Measured, measure
-from rondo.evaluation.measures import Difference as Difference
-from rondo.evaluation.measures import paired_bootstrap as paired_bootstrap
 
 Judgement = tuple[str, list[str]]
 
@@ -101,10 +99,7 @@ def claims_gain(results: Sequence[Json]) -> bool:
 
 def caveats(results: Sequence[Json]) -> list[str]:
     """Say what the intervals leave out, and where the conditions differ."""
-    notes = [
-        f"Intervals are a paired bootstrap over items ({NUM_RESAMPLES:,} resamples), widened where "
-        "the best of several depths was picked."
-    ]
+    notes = _intervals(results)
     comparisons = sum(
         share_items(question.first, question.second, task)
         for question in _questions(results)
@@ -197,15 +192,13 @@ def _answer(question: _Question, task: str) -> str:
     if not depths or rival_depth is None:
         return f"Not known on {task}: no finite values at the depths to compare."
     mine = max((ours.depths.index(r) for r in depths), key=lambda i: float(ours.scores[i]))
-    gap = paired_bootstrap(
-        ours.better[mine], theirs.better[rival_depth], ours.weights, choices=len(depths)
-    )
+    gap = difference(ours, mine, theirs, rival_depth, choices=len(depths))
     name = f"r = {ours.depths[mine]}" + (f", best of {len(depths)}," if len(depths) > 1 else "")
     number, unit, other = ours.number, ours.unit, question.other
     if gap.low <= 0 <= gap.high:
         doubt = (
-            f"(95% interval {number(gap.low, True)} to {number(gap.high, True)}), which may be "
-            "chance"
+            f"(95% interval {number(gap.low, True)} to {number(gap.high, True)}{gap.aside}), which "
+            "may be chance"
             if math.isfinite(gap.low)
             else f"but {len(ours.weights)} items are too few to tell that from chance"
         )
@@ -218,7 +211,8 @@ def _answer(question: _Question, task: str) -> str:
     price = cost_words(ours, mine, theirs, rival_depth)
     return (
         f"{word} on {task}: {name} is {number(abs(gap.value))} {unit} {side} than {other} "
-        f"(95% interval {number(low)} to {number(high)}){f', {price}' if price else ''}."
+        f"(95% interval {number(low)} to {number(high)}{gap.aside})"
+        f"{f', {price}' if price else ''}."
     )
 
 
@@ -229,6 +223,25 @@ def _rival_depth(question: _Question, theirs: Measured) -> int | None:
     if question.first is question.second:
         return 0 if theirs.depths[0] == 1 else None
     return theirs.best
+
+
+def _intervals(results: Sequence[Json]) -> list[str]:
+    """Say what the intervals are made of."""
+    tasks = {task: task in result["items"] for result in results for task in result["tasks"]}
+    bare = [task for task, known in tasks.items() if not known]
+    notes = []
+    if len(bare) < len(tasks):
+        notes.append(
+            f"Intervals are a paired bootstrap over items ({NUM_RESAMPLES:,} resamples), widened "
+            "where the best of several depths was picked."
+        )
+    if bare:
+        notes.append(
+            f"Of {', '.join(bare)} only values with standard errors are known, no items to pair: "
+            "intervals take them as normal and independent, widened where the best of several "
+            "depths was picked. On the same items that is too wide as a rule."
+        )
+    return notes
 
 
 def _seeds(results: Sequence[Json]) -> list[str]:

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from synthetic import make_result
 
+from rondo.evaluation.comparisons import Finding, Json, measure
 from rondo.evaluation.controls import (
     cross_fitted_depth,
     depth_controls,
     equal_flops,
+    equal_flops_checkpoint,
     policy_controls,
 )
-from rondo.evaluation.measures import Finding, Json, depth_measures, measure
+from rondo.evaluation.measures import depth_measures
 
 GAIN = {1: 2.0, 2: 1.9, 4: 1.88}
 
@@ -223,3 +225,91 @@ def test_curves_compare_validations_where_both_have_one() -> None:
 def test_curves_that_do_not_meet_are_not_compared() -> None:
     for theirs in ([], curve({1e15: 1.0, 1e16: 0.9}), curve({1e12: math.nan})):
         assert equal_flops(curve({1e12: 3.0, 1e13: 2.0}), theirs).value is None
+
+
+def published(result: Json) -> Json:
+    """Leave what stands in a paper: values with standard errors, and no items."""
+    tasks = {name: {**facts, "sha256": None} for name, facts in result["tasks"].items()}
+    return {**result, "tasks": tasks, "items": {}}
+
+
+def test_published_values_are_controlled_unpaired_and_only_from_one_source() -> None:
+    ours = published(make_result(tasks={"gen-x": {1: 0.2, 4: 0.5}}))
+    twin = published(make_result("static", tasks={"gen-x": {1: 0.3}}))
+    found = named(depth_controls([ours, twin], "gen-x"))
+    assert found["static twin"].value == pytest.approx(20)
+    assert "with no items to pair" in found["static twin"].sentence
+    assert found["blind depth"].value is None
+    assert "no items are known" in found["blind depth"].sentence
+    assert not any(name.startswith("oracle") for name in found)
+    twin["tasks"]["gen-x"]["source"] = "another paper"
+    assert named(depth_controls([ours, twin], "gen-x"))["static twin"].value is None
+
+
+def test_published_values_do_not_meet_measured_items() -> None:
+    ours = make_result(tasks={"gen-x": {1: 0.2, 4: 0.5}})
+    twin = make_result("static", tasks={"gen-x": {1: 0.3}})
+    assert named(depth_controls([ours, published(twin)], "gen-x"))["static twin"].value is None
+    assert named(depth_controls([ours, twin | {"items": {}}], "gen-x"))["static twin"].value is None
+
+
+def test_training_cost_falls_back_to_the_account_that_both_have() -> None:
+    ours, twin = make_result(), make_result("static", tasks={"math-test": {1: 1.9}})
+    twin["model"]["training"] = twin["model"]["training"] | {"flops": None, "flops_paper": 8.2e13}
+    said = named(depth_controls([ours, twin], "math-test"))["static twin"].sentence
+    assert "trained with 2.00x its FLOPs (the paper's account)" in said
+
+
+def with_checkpoints(result: Json, scores: dict[float, dict[str, float]]) -> Json:
+    """Add checkpoints, given by training FLOPs."""
+    result["model"]["checkpoints"] = [
+        {"step": step, "flops": flops, "scores": {"gen-x": by_depth}}
+        for step, (flops, by_depth) in enumerate(scores.items(), 1)
+    ]
+    return result
+
+
+def looped(scores: dict[float, dict[str, float]]) -> Json:
+    result = make_result(tasks={"gen-x": {1: 0.2, 4: 0.5}}, num_items=1000)
+    return with_checkpoints(result, scores)
+
+
+def static(scores: dict[float, dict[str, float]]) -> Json:
+    twin = make_result("static", tasks={"gen-x": {1: 0.3}}, num_items=1000)
+    return with_checkpoints(twin, scores)
+
+
+def test_checkpoint_that_counts_is_the_latest_of_at_most_the_others_flops() -> None:
+    ours = looped({1e19: {"2": 0.3}, 2e19: {"2": 0.4}, 2.1e19: {"2": 0.9}})
+    found = equal_flops_checkpoint(ours, static({1e19: {"1": 0.8}, 2e19: {"1": 0.3}}), "gen-x")
+    half = 1.959964 * 100 * math.sqrt((0.4 * 0.6 + 0.3 * 0.7) / 1000)
+    assert (found.value, found.low) == pytest.approx((10, 10 - half))
+    assert "at step 2 (2e+19 training FLOPs, 100% of the other's), run at r = 2" in found.sentence
+    assert "40.0% against 30.0%, though its learning rate still had to fall" in found.sentence
+
+
+def test_checkpoints_are_scored_at_the_trained_depth_or_the_nearest() -> None:
+    twin = static({2e19: {"1": 0.3}})
+    found = equal_flops_checkpoint(looped({1e19: {"1": 0.9, "2": 0.4, "4": 0.9}}), twin, "gen-x")
+    assert found.value == pytest.approx(10)
+    assert "still had to fall" not in found.sentence
+    found = equal_flops_checkpoint(looped({1e19: {"1": 0.9, "3": 0.5, "16": 0.9}}), twin, "gen-x")
+    assert found.value == pytest.approx(20)
+
+
+def test_checkpoints_that_cannot_be_met_are_not_compared() -> None:
+    ours, twin = looped({3e19: {"2": 0.4}}), static({2e19: {"1": 0.3}})
+    assert "spent more" in equal_flops_checkpoint(ours, twin, "gen-x").sentence
+    assert equal_flops_checkpoint(looped({}), twin, "gen-x").value is None
+    assert equal_flops_checkpoint(make_result(), make_result("static"), "math-test").value is None
+
+
+def test_every_looped_model_with_checkpoints_is_met_by_the_static_twin() -> None:
+    first, second = looped({1e19: {"2": 0.4}}), looped({1e19: {"2": 0.2}})
+    second["model"]["label"] = "other"
+    found = named(depth_controls([first, second, static({2e19: {"1": 0.3}})], "gen-x"))
+    assert found["equal training FLOPs, recurrent, trained"].value == pytest.approx(10)
+    assert found["equal training FLOPs, other"].value == pytest.approx(-10)
+    assert sum(name.startswith("equal") for name in found) == 2
+    without = named(depth_controls([first, make_result("static")], "gen-x"))
+    assert not any(name.startswith("equal") for name in without)

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 from synthetic import make_result
 
-from rondo.evaluation.measures import (
-    Finding,
-    Json,
-    depth_measures,
-    knees,
-    measure,
-    paired_bootstrap,
-    wilson,
-)
+from rondo.evaluation.comparisons import Finding, Json, measure, paired_bootstrap
+from rondo.evaluation.measures import depth_measures, knees, wilson
 
 GAIN = {1: 2.0, 2: 1.9, 4: 1.88, 8: 1.885}
 FLAT = {1: 2.0, 2: 2.0, 4: 2.0, 8: 2.0}
@@ -216,3 +209,60 @@ def test_statistics_load_without_torch() -> None:
     modules = "rondo.verdict, rondo.evaluation.fits, rondo.evaluation.controls"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def published(result: Json) -> Json:
+    """Leave what stands in a paper: values with standard errors, and no items."""
+    tasks = {name: {**facts, "sha256": None} for name, facts in result["tasks"].items()}
+    return {**result, "tasks": tasks, "items": {}}
+
+
+def test_published_values_have_the_interval_of_independent_samples() -> None:
+    result = published(make_result(tasks={"acc-x": {1: 0.2, 4: 0.5}}, num_items=100))
+    gain = measures(result, "acc-x")["total gain"]
+    half = 1.959964 * 100 * math.hypot(*(row["stderr"] for row in result["rows"]))
+    assert (gain.value, gain.low, gain.high) == pytest.approx((30, 30 - half, 30 + half))
+    assert "with no items to pair)" in gain.sentence
+
+
+def test_published_interval_is_widened_for_the_best_of_several() -> None:
+    for depths, z in (((4,), 1.959964), ((4, 8, 16, 32, 64), 2.575829)):
+        result = published(make_result(tasks={"acc-x": {1: 0.2, **dict.fromkeys(depths, 0.5)}}))
+        gain = measures(result, "acc-x")["total gain"]
+        half = z * 100 * math.hypot(*(row["stderr"] for row in result["rows"][:2]))
+        assert gain.high == pytest.approx(30 + half)
+
+
+def test_published_losses_gain_by_falling() -> None:
+    found = measures(published(make_result(tasks={"text": GAIN}, num_items=100)), "text")
+    assert found["total gain"].value == pytest.approx(0.12, abs=0.01)
+    assert found["best depth"].value == 4
+    # Documents differ much, and here nothing takes that out.
+    assert found["total gain"].low is not None
+    assert (
+        found["total gain"].low
+        < measures(make_result(tasks={"text": GAIN}), "text")["total gain"].low
+    )
+
+
+def test_a_published_curve_has_its_knees_and_says_what_they_rest_on() -> None:
+    curve = {1: 0.1, 2: 0.3, 4: 0.4, 8: 0.402, 16: 0.4}
+    found = measures(published(make_result(tasks={"acc-x": curve}, num_items=1000)), "acc-x")
+    assert found["knee"].value == 4
+    assert "draws from the standard errors" in found["knee"].sentence
+    assert found["practical knee"].value == 4
+    assert "one (unpaired) standard error" in found["practical knee"].sentence
+    assert "one (paired) standard error" in of_losses(GAIN)["practical knee"].sentence
+
+
+def test_without_items_one_sentence_stands_for_all_that_they_would_tell() -> None:
+    found = measures(published(make_result(tasks={"acc-x": {1: 0.2, 4: 0.5}})), "acc-x")
+    assert "no items" in found["items"].sentence
+    assert not {"overthinking rate", "self-correction rate", "oracle depth"} & set(found)
+
+
+def test_a_published_value_without_its_error_is_left_out() -> None:
+    result = published(make_result(tasks={"acc-x": {1: 0.2, 2: 0.3, 4: 0.5}}))
+    result["rows"][1]["stderr"] = None
+    assert measure(result, "acc-x").depths == (1, 4)
+    assert "r = 2" in measures(result, "acc-x")["left out"].sentence

@@ -1,4 +1,4 @@
-"""What is asked for is found, in any layout, and what cannot be is told before a model is loaded."""
+"""What is asked for is found in any layout, and what is wrong is told before a model loads."""
 
 import gzip
 import json
@@ -146,7 +146,8 @@ def test_the_papers_prompt_is_one_solved_example_and_the_question() -> None:
     made.build_all_requests(limit=1)
     prompt, how = made.instances[0].args
     shown, asked = prompt.split("\n\nQ: ")
-    assert shown.startswith("Q: There are 15 trees") and shown.endswith("The answer is 6.")
+    assert shown.startswith("Q: There are 15 trees")
+    assert shown.endswith("The answer is 6.")
     step = "\n\nA: Let's think step by step."
     assert step in shown
     assert asked == f"Ann has 3 pears and buys 4. How many has she?{step}"
@@ -155,9 +156,9 @@ def test_the_papers_prompt_is_one_solved_example_and_the_question() -> None:
 
 
 def test_plain_and_hub_records_are_the_same_items(tmp_path: Path) -> None:
-    plain = {"question": "What barks?", "choices": ["a dog", "a tree"], "label": 0}
-    hub = plain | {"choices": {"text": ["a dog", "a tree"], "label": ["A", "B"]}, "answerKey": "A"}
-    expected = ("Question: What barks?\nAnswer:", ["a dog", "a tree"], 0)
+    plain = {"question": "What barks?", "choices": ["a tree", "a dog"], "label": 1}
+    hub = plain | {"choices": {"text": ["a tree", "a dog"], "label": ["A", "B"]}, "answerKey": "B"}
+    expected = ("Question: What barks?\nAnswer:", ["a tree", "a dog"], 1)
     for number, row in enumerate((plain, hub)):
         put(tmp_path / str(number) / "arc_easy/test.jsonl", row)
         (task,) = plan("arc_easy", data=(tmp_path / str(number),)).harness
@@ -260,7 +261,7 @@ def test_a_task_that_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "definitions", lambda name, path: {})
     monkeypatch.setattr(harness, "known_names", lambda path: ["arc_easy", "piqa"])
     assert refusal("arc_eazy") == "there is no task arc_eazy; did you mean arc_easy?"
-    assert refusal("gsm8k_pape") == "there is no task gsm8k_pape; did you mean gsm8k_paper?"
+    assert "did you mean gsm8k_paper or" in refusal("gsm8k_pape")
     assert refusal("xyzzy") == "there is no task xyzzy"
     assert "--suite knowledge" in refusal("knowledge")
 
@@ -268,7 +269,8 @@ def test_a_task_that_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_items_that_are_nowhere(tmp_path: Path) -> None:
     said = refusal("arc_challenge")
     assert "there is no arc_challenge/test.jsonl (nor .jsonl.gz, .jsonl.zst, .parquet)" in said
-    assert f"in {MADE_UP}" in said and said.endswith("does not give allenai/ai2_arc: no network")
+    assert f"in {MADE_UP}" in said
+    assert said.endswith("does not give allenai/ai2_arc: no network")
     assert "hellaswag/validation.jsonl" in refusal("hellaswag", data=())
     assert "no directory is given with --data" in refusal("hellaswag", data=())
     assert "gsm8k/test.jsonl" in refusal("gsm8k_answers", data=())

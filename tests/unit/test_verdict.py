@@ -4,7 +4,7 @@ import re
 import pytest
 from synthetic import make_result
 
-from rondo.evaluation.measures import Json, paired_bootstrap
+from rondo.evaluation.comparisons import Json, paired_bootstrap
 from rondo.verdict import caveats, claims_gain, headline, judge, subject, verdict
 
 TASKS = ("math-test", "wiki-test")
@@ -216,3 +216,31 @@ def test_subject_is_the_trained_loop_then_any_loop_then_the_first() -> None:
     assert subject([parent, before, after]) is after
     assert subject([parent, before]) is before
     assert subject([static, parent]) is static
+
+
+def published(result: Json) -> Json:
+    """Leave what stands in a paper: values with standard errors, and no items."""
+    tasks = {name: {**facts, "sha256": None} for name, facts in result["tasks"].items()}
+    return {**result, "tasks": tasks, "items": {}}
+
+
+def test_verdict_on_published_values_says_that_nothing_was_paired() -> None:
+    results = [
+        published(make_result(tasks={"gen-x": {1: 0.2, 4: 0.5}}, num_items=200)),
+        published(make_result("static", tasks={"gen-x": {1: 0.48}}, num_items=200)),
+    ]
+    assert answer(results, task="gen-x").startswith("Yes on gen-x: r = 4 is 30.0 points better")
+    assert "with no items to pair" in answer(results, task="gen-x")
+    static = answer(results, "Is the best depth better than the static twin", "gen-x")
+    assert static.startswith("Not shown on gen-x")
+    assert "with no items to pair), which may be chance" in static
+
+
+def test_caveats_tell_published_values_from_items() -> None:
+    measured = make_result(tasks={"gen-x": {1: 0.2, 4: 0.5}})
+    bare = published(make_result(tasks={"acc-y": {1: 0.2, 4: 0.5}}))
+    notes = caveats([measured, bare])
+    assert any(note.startswith("Intervals are a paired bootstrap") for note in notes)
+    assert any(note.startswith("Of acc-y only values") for note in notes)
+    assert not any("paired bootstrap" in note for note in caveats([bare]))
+    assert not any("no items to pair" in note for note in caveats([measured]))

@@ -68,6 +68,12 @@ def locate(name: str) -> Path:
     return fetch(name, None)
 
 
+def name_of(directory: Path) -> str:
+    """Return what a model is called: the run's name, for the final of a run."""
+    directory = directory.resolve()
+    return directory.parent.name if directory.name == "final" else directory.name
+
+
 def facts_of(directory: Path) -> dict[str, Any]:
     """Return what a checkpoint's run.json says, or nothing where there is none."""
     path = directory / "run.json"

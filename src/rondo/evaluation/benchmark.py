@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from rondo.config import BenchConfig
 from rondo.errors import UserError
-from rondo.evaluation.baselines import facts_of, locate
+from rondo.evaluation.baselines import facts_of, locate, name_of
 from rondo.flops import Costs, costs_of, costs_of_parent
 from rondo.generation import load_recurrent
 from rondo.loading import load_model, parent_directory
@@ -261,7 +261,7 @@ def check(config: BenchConfig, model: Any) -> None:
             f"--recurrences {deepest} is beyond the model's cap of {cap} (max_recurrences in its "
             "config.json)"
         )
-    context = model.config.base_config.max_position_embeddings
+    context = model.config.max_position_embeddings
     if config.prompt_tokens + config.new_tokens > context:
         raise UserError(
             f"--prompt-tokens {config.prompt_tokens} and --new-tokens {config.new_tokens} are "
@@ -398,9 +398,7 @@ def run(config: BenchConfig) -> None:
         UserError: The model cannot be loaded, a setting is not for it, or the output exists.
     """
     directory = locate(config.model)
-    whole = directory.resolve()
-    name = whole.parent.name if whole.name == "final" else whole.name
-    output_dir = config.output_dir or f"out/bench-{name}"
+    output_dir = config.output_dir or f"out/bench-{name_of(directory)}"
     claim_directory(output_dir, config.overwrite, spare=str(directory))
     results = benchmark(config, directory)
     with staged(output_dir) as partial:

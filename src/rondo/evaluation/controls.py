@@ -13,16 +13,18 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rondo.evaluation.measures import (
+from rondo.evaluation.comparisons import (
     Array,
     Difference,
     Finding,
     Json,
     Measured,
     compare,
+    difference,
     measure,
     paired_bootstrap,
     unknown,
+    unpaired,
 )
 
 _NUM_SPLITS = 200
@@ -30,6 +32,8 @@ _NUM_SHUFFLES = 500
 _SEED = 0
 # Budgets closer than this count as equal: a run ends with the step that crosses its budget.
 EQUAL_FLOPS = 0.05
+# Equal numbers may differ in the rounding of their file.
+_SAME_FLOPS = 1e-8
 _MISSING = {
     "static twin": "rondo train --mode static --budget.like RUN, then rondo eval --against static",
     "random twin": "rondo train --mode random --budget.like RUN, then rondo eval --against random",
@@ -60,13 +64,16 @@ def spoken(name: str, theirs: Json) -> str:
 
 
 def share_items(first: Json, second: Json, task: str) -> bool:
-    """Whether both results measured the same items of a task."""
-    facts = [result["tasks"].get(task) for result in (first, second)]
-    return (
-        None not in facts
-        and facts[0]["sha256"] == facts[1]["sha256"]
-        and (first["items"][task]["weights"] == second["items"][task]["weights"])
-    )
+    """Whether both results measured the same items of a task.
+
+    Of what was published without items only the source can be told.
+    """
+    known = [
+        (facts["sha256"] or facts["source"], result["items"].get(task, {}).get("weights"))
+        for result in (first, second)
+        if (facts := result["tasks"].get(task))
+    ]
+    return len(known) == 2 and known[0] == known[1]
 
 
 def depth_controls(results: Sequence[Json], task: str) -> list[Finding]:
@@ -80,7 +87,7 @@ def depth_controls(results: Sequence[Json], task: str) -> list[Finding]:
     names = ["static twin", "random twin", "parent"]
     if ours["tasks"][task]["kind"] == "generation":
         names.append("self-consistency")
-    findings = [cross_fitted_depth(measured), *_oracle_controls(measured)]
+    findings = _item_controls(measured)
     for name in names:
         theirs = rival(results, name)
         if theirs is None or not share_items(ours, theirs, task):
@@ -90,7 +97,17 @@ def depth_controls(results: Sequence[Json], task: str) -> list[Finding]:
         findings.append(_against(name, ours, measured, theirs))
         if name == "static twin" and 1 in measured.depths:
             findings.append(_against(name, ours, measured, theirs, at_one=True))
-    return findings
+    return findings + _checkpoint_controls(results, task)
+
+
+def _item_controls(measured: Measured) -> list[Finding]:
+    if measured.errors is None:
+        return [cross_fitted_depth(measured), *_oracle_controls(measured)]
+    sentence = (
+        f"Not known on {measured.task}: a depth cannot be chosen on other items, nor a policy for "
+        "each item, where no items are known."
+    )
+    return [unknown("blind depth", sentence, measured.unit)]
 
 
 def cross_fitted_depth(measured: Measured) -> Finding:
@@ -229,9 +246,7 @@ def _against(
         return unknown(title, f"Not known: the {name} gave no finite values.", measured.unit)
     mine = measured.depths.index(1) if at_one else measured.best
     choices = 1 if at_one else len(measured.depths)
-    gap = paired_bootstrap(
-        measured.better[mine], other.better[other.best], measured.weights, choices
-    )
+    gap = difference(measured, mine, other, other.best, choices)
     what = f"r = {measured.depths[mine]}" + (f", the best of {choices}," if choices > 1 else "")
     than = spoken(name, theirs)
     if len(other.depths) > 1:
@@ -253,15 +268,15 @@ def cost_words(first: Measured, i: int, second: Measured, j: int) -> str:
 
 def training_words(ours: Json, theirs: Json) -> str:
     """Say how the training of the second compares with that of the first in FLOPs."""
-    spent = [
-        result["model"]["training"] and result["model"]["training"]["flops"]
-        for result in (ours, theirs)
-    ]
-    if not all(spent):
-        return "training FLOPs unknown"
-    if math.isclose(*spent, rel_tol=EQUAL_FLOPS):
-        return "at equal training FLOPs"
-    return f"trained with {spent[1] / spent[0]:.2f}x its FLOPs"
+    trainings = [result["model"]["training"] or {} for result in (ours, theirs)]
+    for account in ("flops", "flops_paper"):
+        mine, other = (float(training.get(account) or 0) for training in trainings)
+        if mine and other:
+            of_paper = "" if account == "flops" else " (the paper's account)"
+            if math.isclose(mine, other, rel_tol=EQUAL_FLOPS):
+                return f"at equal training FLOPs{of_paper}"
+            return f"trained with {other / mine:.2f}x its FLOPs{of_paper}"
+    return "training FLOPs unknown"
 
 
 def equal_flops(ours: Sequence[Json], theirs: Sequence[Json]) -> Finding:
@@ -302,6 +317,67 @@ def equal_flops(ours: Sequence[Json], theirs: Sequence[Json]) -> Finding:
         "interval."
     )
     return Finding(name, gain, None, None, unit, sentence)
+
+
+def equal_flops_checkpoint(ours: Json, theirs: Json, task: str) -> Finding:
+    """Compare our latest checkpoint of at most their training FLOPs with what they ended as.
+
+    Ours counts at its trained depth (or the nearest that was scored), theirs likewise. Only shares
+    of right answers are compared: their standard errors follow from the number of items. Where
+    checkpoints are far apart ours may have spent much less, and the sentence says how much.
+    """
+    name, facts = "equal training FLOPs", ours["tasks"][task]
+    if facts["kind"] == "loss":
+        return unknown(name, "Not known: checkpoints are compared by right answers only.")
+    mine, other = (checkpoint_scores(result, task) for result in (ours, theirs))
+    if not mine or not other:
+        return unknown(name, f"Not known on {task}: no scores of checkpoints are there.", "points")
+    budget, _, theirs_last, score = other[-1]
+    affordable = [point for point in mine if point[0] <= budget * (1 + _SAME_FLOPS)]
+    if not affordable:
+        sentence = (
+            f"Not known on {task}: our first checkpoint, at {mine[0][0]:.3g} training FLOPs, spent "
+            f"more than the {budget:.3g} of the whole other training."
+        )
+        return unknown(name, sentence, "points")
+    flops, depth, step, best = affordable[-1]
+    errors = [100 * math.sqrt(p * (1 - p) / facts["items"]) for p in (best, score)]
+    gap = unpaired(100 * (best - score), errors[0], errors[1])
+    what = (
+        f"The checkpoint of '{ours['model']['label']}' at step {step:,} ({flops:.3g} training "
+        f"FLOPs, {flops / budget:.0%} of the other's), run at r = {depth},"
+    )
+    than = f"'{theirs['model']['label']}' at its end, step {theirs_last:,}"
+    after = f": {best:.1%} against {score:.1%}"
+    after += ", though its learning rate still had to fall" if step < mine[-1][2] else ""
+    return compare(name, what, than, gap, measure(ours, task), after)
+
+
+def _checkpoint_controls(results: Sequence[Json], task: str) -> list[Finding]:
+    """Hold every looped model whose checkpoints were scored against the static twin's end."""
+    static = rival(results, "static twin")
+    if static is None or not checkpoint_scores(static, task):
+        return []
+    return [
+        replace(found, name=f"{found.name}, {result['model']['label']}")
+        for result in results
+        if result["model"]["role"] == "recurrent"
+        and share_items(result, static, task)
+        and checkpoint_scores(result, task)
+        for found in [equal_flops_checkpoint(result, static, task)]
+    ]
+
+
+def checkpoint_scores(result: Json, task: str) -> list[tuple[float, int, int, float]]:
+    """Return FLOPs, depth, step and score of the checkpoints, at the depth nearest the trained."""
+    trained = result["model"]["trained_recurrence"] or 1
+    points = []
+    for point in result["model"].get("checkpoints") or ():
+        by_depth = {int(r): score for r, score in point["scores"].get(task, {}).items()}
+        if by_depth:
+            near = min(sorted(by_depth), key=lambda r: abs(math.log(r / trained)))
+            points.append((point["flops"], near, point["step"], by_depth[near]))
+    return sorted(points)
 
 
 def _points_of(curve: Sequence[Json], depth: int | None) -> Array:

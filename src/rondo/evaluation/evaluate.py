@@ -67,7 +67,7 @@ def run(config: EvalConfig) -> None:
 def _run(config: EvalConfig, world: World) -> None:
     plan = plan_tasks(config)
     models = baselines.wanted_models(config)
-    output_dir = Path(config.output_dir or f"out/eval-{name_of(models[0].directory)}")
+    output_dir = Path(config.output_dir or f"out/eval-{baselines.name_of(models[0].directory)}")
     check(config, plan, models, output_dir)
     settings = config.model_dump(mode="json", exclude=_ELSEWHERE)
     settings |= {"models": [_weights(model.directory) for model in models]}
@@ -81,12 +81,6 @@ def _run(config: EvalConfig, world: World) -> None:
     if world.first:
         write(config, output_dir, found)
     ledger.close(finished=True)
-
-
-def name_of(directory: Path) -> str:
-    """Return what a model is called: the run's name, for the final of a run."""
-    directory = directory.resolve()
-    return directory.parent.name if directory.name == "final" else directory.name
 
 
 def check(config: EvalConfig, plan: TaskPlan, models: Sequence[Wanted], output_dir: Path) -> None:
@@ -191,7 +185,7 @@ def measure_with_harness(
 
 def draws(parent: Subject, first: Wanted, config: EvalConfig) -> int:
     """Return how many answers of the parent cost what one at the deepest r does."""
-    settings = AutoConfig.from_pretrained(first.directory)
+    settings: Any = AutoConfig.from_pretrained(first.directory)
     with torch.device("meta"):
         costs = costs_of(RecurrentForCausalLM(settings))
     deepest = depths_of(settings.to_dict(), config)[-1]

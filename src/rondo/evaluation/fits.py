@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rondo.evaluation.measures import (
+from rondo.evaluation.comparisons import (
     MIN_ITEMS,
     Array,
     Difference,
     Finding,
     Json,
     Measured,
-    bootstrap,
     compare,
     measure,
+    resample,
     unknown,
 )
 
@@ -68,11 +68,11 @@ def depth_fit(result: Json, task: str) -> tuple[SaturatingFit | None, list[Findi
             f"{len(measured.depths)} were measured."
         )
         return None, [unknown(name, sentence)]
-    if len(measured.weights) < MIN_ITEMS:
+    if measured.errors is None and len(measured.weights) < MIN_ITEMS:
         sentence = f"No law of depth on {task}: {len(measured.weights)} items are too few."
         return None, [unknown(name, sentence)]
     own = measured.sign / measured.scale
-    drawn = own * bootstrap(measured.better, measured.weights, _NUM_REFITS)
+    drawn = own * resample(measured, _NUM_REFITS)
     errors = drawn.std(0)
     weights = errors**-2 if errors.min() > 0 else np.ones(len(errors))
     x = np.array(measured.depths, dtype=float)
@@ -171,7 +171,8 @@ def _depth_findings(fit: SaturatingFit, left: Array, measured: Measured) -> list
     limit, low, high = (measured.scale * one for one in (fit.limit, fit.limit_low, fit.limit_high))
     last = measured.depths[-1]
     value = measured.sign * limit - float(measured.scores[-1])
-    gap = Difference(value, *np.quantile(left, [0.025, 0.975]).tolist())
+    low_left, high_left = np.quantile(left, [0.025, 0.975]).tolist()
+    gap = Difference(value, low_left, high_left, paired=measured.errors is None)
     endless = "Depth without end, if the curve went on so,"
     return [
         Finding(

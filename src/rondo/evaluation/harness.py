@@ -11,7 +11,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.filter import Filter
 from lm_eval.api.metrics import mean
+from lm_eval.api.registry import register_filter
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -30,7 +32,7 @@ from rondo.errors import UserError
 from rondo.evaluation.ledger import Ledger
 from rondo.evaluation.lm import Sweep
 from rondo.evaluation.outcome import Outcome
-from rondo.evaluation.scores import Effort, outcome_of, pooled, voting
+from rondo.evaluation.scores import Effort, most_frequent, outcome_of, pooled, voting
 from rondo.evaluation.subject import Subject
 from rondo.evaluation.tasks import HarnessTask, shots
 
@@ -50,6 +52,23 @@ FOLDERS = [
     "piqa",
     "winogrande",
 ]
+
+
+@register_filter("most_frequent")
+class MostFrequent(Filter):
+    """Chooses the answer that most samples give; `most_frequent` says how.
+
+    Args:
+        options: Its arguments.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = options
+
+    def apply(self, resps: Any, docs: Any) -> list[str]:
+        """Return the answer of each item, of several texts each."""
+        return [most_frequent(list(texts), **self.options) for texts in resps]
 
 
 def cli(argv: Sequence[str]) -> None:
@@ -92,11 +111,13 @@ def measure_tasks(
         for leaf, task in load(given, config).items():
             if samples > 1 and task.OUTPUT_TYPE != "generate_until":
                 continue
-            task = voting(task, samples, config.temperature) if samples > 1 else task
+            if samples > 1:
+                with _quiet():
+                    task = voting(task, samples, config.temperature)
             name = given.name if leaf == given.base else leaf
-            results = _results(sweep, name, task, config)
+            results = results_by_depth(sweep, name, task, config)
             averaged = {key for key, way in task.aggregation().items() if way is mean}
-            effort = Effort(sweep.seconds, sweep.lengths)
+            effort = Effort(sweep.seconds, sweep.lengths, sweep.cut)
             parts.append(outcome_of(given, name, task, results, effort, averaged))
         outcomes += parts
         if len({part.described["metric"] for part in parts}) == 1 and len(parts) > 1:
@@ -104,7 +125,7 @@ def measure_tasks(
     return outcomes
 
 
-def _results(sweep: Sweep, name: str, task: Any, config: EvalConfig) -> dict[int, Any]:
+def results_by_depth(sweep: Sweep, name: str, task: Any, config: EvalConfig) -> dict[int, Any]:
     """Return by depth what the harness says of a task."""
     chat = config.apply_chat_template
     how: Any = {
@@ -126,7 +147,8 @@ def _results(sweep: Sweep, name: str, task: Any, config: EvalConfig) -> dict[int
     }
     # All passes are made here, where our bar is seen; what follows reads them off.
     for kind, requests in kinds.items():
-        answer[kind](requests, disable_tqdm=True)
+        with _quiet(bars=True):
+            answer[kind](requests, disable_tqdm=True)
     results = {}
     for index, depth in enumerate(sweep.subject.recurrences):
         sweep.depth = index
@@ -215,13 +237,14 @@ def _index(include_path: str | None, whole: bool) -> TaskManager:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's lines and bars off the screen, which is ours."""
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """Keep the harness's lines off the screen, which is ours, and all else but wanted bars."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        errors = nullcontext() if bars else redirect_stderr(io.StringIO())
+        with redirect_stdout(io.StringIO()), errors:
             yield
     finally:
         logger.setLevel(level)

@@ -58,15 +58,13 @@ class RondoLM(HFLM):
             raise UserError(
                 f"{pretrained} is a {config.model_type} model, not a recurrent one: use --model hf"
             )
-        depth = num_recurrences or config.num_recurrences
+        depth = config.num_recurrences if num_recurrences is None else num_recurrences
         if not 1 <= depth <= config.max_recurrences:
             raise UserError(
                 f"num_recurrences={depth} is beyond the cap of {config.max_recurrences} of "
                 f"{pretrained} (max_recurrences in its config.json)"
             )
         self.how = {"num_recurrences": depth, "state_seed": state_seed}
-        # The harness looks for it at the top of the config, where ours does not have it.
-        self._max_length = self._max_length or config.base_config.max_position_embeddings
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> Any:
         cast: Any = self.mixed_precision_dtype
@@ -138,6 +136,8 @@ class Sweep(HFLM):
         self.title, self.depth, self.seconds = title, 0, 0.0
         # Tokens through the model, of each sequence.
         self.lengths: list[int] = []
+        # Sequences that lost their beginning.
+        self.cut = 0
         self.pairs: dict[tuple[str, str], Any] = {}
         self.scores: dict[Pair, list[tuple[float, bool]]] = {}
         self.texts: dict[Row, str] = {}
@@ -161,6 +161,7 @@ class Sweep(HFLM):
             for pair, (length, *by_depth) in zip(new, found, strict=True):
                 self.scores[pair] = [(logprob, greedy) for logprob, greedy in by_depth]
                 self.lengths.append(length)
+                self.cut += len(pair[0] + pair[1]) - 1 > length
         return [self.scores[pair][self.depth] for pair in asked]
 
     @torch.inference_mode()
@@ -210,15 +211,19 @@ class Sweep(HFLM):
             for start in range(0, len(group), size)
         ]
         found = self._run(batches, self._continue)
-        for row, (text, length) in zip(
-            (row for batch in batches for row in batch), found, strict=True
-        ):
+        rows = [row for batch in batches for row in batch]
+        for row, (text, length, cut) in zip(rows, found, strict=True):
             self.texts[row] = text
             self.lengths.append(length)
+            self.cut += cut
 
     @torch.inference_mode()
     def _continue(self, batch: Sequence[Row]) -> list[list[Any]]:
-        """Continue a batch of rows of any depths; return text and number of tokens of each."""
+        """Continue a batch of rows of any depths.
+
+        Returns:
+            Of each the text, the tokens of prompt and text, and whether the prompt was cut.
+        """
         options: Any = normalize_gen_kwargs(json.loads(batch[0].options), self.max_gen_toks)
         end = self.words.decode(self.eot_token_id)
         stops = handle_stop_sequences(options.pop("until", None), eos=end)
@@ -231,6 +236,7 @@ class Sweep(HFLM):
         ids, mask = self.tok_batch_encode([row.context for row in batch], left_truncate_len=room)
         if not options["do_sample"]:
             options.pop("temperature", None)
+        limit = options.pop("max_length", ids.shape[1] + new_tokens)
         if self.subject.recurrent:
             depths = [self.subject.recurrences[row.depth] for row in batch]
             options |= {"num_recurrences": depths, "state_seed": self.seed}
@@ -241,7 +247,7 @@ class Sweep(HFLM):
             output = self.subject.model.generate(
                 input_ids=ids.to(self.subject.device),
                 attention_mask=mask.to(self.subject.device),
-                max_length=options.pop("max_length", ids.shape[1] + new_tokens),
+                max_length=limit,
                 stopping_criteria=StoppingCriteriaList([EachRow(criteria)]),
                 pad_token_id=self.words.pad_token_id,
                 use_cache=True,
@@ -254,8 +260,9 @@ class Sweep(HFLM):
                     self.words.decode(answer, skip_special_tokens=True), stops, None
                 ),
                 prompt + _unpadded(answer, self.words.pad_token_id),
+                len(self.tok_encode(row.context)) > room,
             ]
-            for answer, prompt in zip(answers, mask.sum(1).tolist(), strict=True)
+            for row, answer, prompt in zip(batch, answers, mask.sum(1).tolist(), strict=True)
         ]
 
     def _run(self, batches: Sequence[Any], work: Any) -> list[Any]:

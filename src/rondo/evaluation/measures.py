@@ -1,215 +1,33 @@
 """What depth does to one task, each as a number with its interval and a sentence that says it.
 
-Pure functions of results as `rondo eval` writes them: nothing is read, written or drawn here, and
-only numpy is imported. Gains are always "better by": a loss that falls and an accuracy that rises
-are both positive. Intervals are 95%, from resampling items (documents), and none is given for
-fewer than ten of them.
+Pure functions of results as `rondo eval` writes them; `comparisons` says what intervals are.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-Json = dict[str, Any]
-Array = NDArray[np.float64]
+from rondo.evaluation.comparisons import (
+    Array,
+    Difference,
+    Finding,
+    Json,
+    Measured,
+    compare,
+    difference,
+    finding,
+    interval,
+    measure,
+    paired_bootstrap,
+    resample,
+    unknown,
+)
 
-NUM_RESAMPLES = 2_000
-# Bounds the memory that many items take.
-_RESAMPLES_AT_ONCE = 100
-_BOOTSTRAP_SEED = 0
-# Resampling fewer items than this says little about others.
-MIN_ITEMS = 10
 # A curve that leaves its chord by less of its height than this is straight and has no knee.
 _LEAST_BEND = 0.1
 _STABLE_UP_TO = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One number, what it is known to, and what it means in plain words."""
-
-    name: str
-    value: float | None
-    low: float | None
-    """The 95% interval, or null where none can be had."""
-    high: float | None
-    unit: str
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Mean of one run less that of another, with a 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Measured:
-    """One task's items at every depth where all of them are finite."""
-
-    task: str
-    is_loss: bool
-    depths: tuple[int, ...]
-    better: Array
-    """By depth and item, in `unit` times the item's weight, and turned so that more is better."""
-    weights: Array
-    flops: tuple[float, ...]
-    """Executed per token at each depth, of all samples of an item together; NaN if unknown."""
-    left_out: tuple[int, ...]
-    """Depths that gave no number on some item."""
-    sign: int
-    """1 where more of the metric is better, else -1."""
-    unit: str
-    """Of differences: nats per token, or points (percentage points)."""
-
-    @property
-    def scores(self) -> Array:
-        """The value at each depth, as far as better means more."""
-        return self.better.sum(1) / self.weights.sum()
-
-    @property
-    def best(self) -> int:
-        """Index of the best depth."""
-        return int(np.argmax(self.scores))
-
-    @property
-    def scale(self) -> float:
-        """Units in one of the metric's own."""
-        return 1.0 if self.is_loss else 100.0
-
-    def at(self, depth: int) -> Array | None:
-        """Return the items at a depth, or none where it was not measured."""
-        return self.better[self.depths.index(depth)] if depth in self.depths else None
-
-    def number(self, value: float, plus: bool = False) -> str:
-        """Write a number of this unit with as many digits as can mean something."""
-        return f"{value:{'+' if plus else ''}.{4 if self.is_loss else 1}f}"
-
-    def level(self, score: float) -> str:
-        """Write a value, rather than a difference, in the metric's own direction."""
-        value = self.number(self.sign * score)
-        return f"{value} nats per token" if self.is_loss else f"{value}%"
-
-
-def measure(result: Json, task: str) -> Measured:
-    """Collect a task's items at the depths where all are finite."""
-    facts, items = result["tasks"][task], result["items"][task]
-    values = {int(r): np.array(found, dtype=float) for r, found in items["values"].items()}
-    depths = [r for r in sorted(values) if np.isfinite(values[r]).all()]
-    flops = {
-        row["num_recurrences"]: float(row["flops_per_token"] or math.nan)
-        for row in result["rows"]
-        if (row["task"], row["metric"]) == (task, facts["metric"])
-    }
-    is_loss = facts["kind"] == "loss"
-    sign = 1 if facts["higher_is_better"] else -1
-    stacked = np.reshape([values[r] for r in depths], (len(depths), len(items["weights"])))
-    return Measured(
-        task=task,
-        is_loss=is_loss,
-        depths=tuple(depths),
-        better=stacked * sign * (1 if is_loss else 100),
-        weights=np.array(items["weights"], dtype=float),
-        flops=tuple(flops.get(r, math.nan) for r in depths),
-        left_out=tuple(sorted(set(values) - set(depths))),
-        sign=sign,
-        unit="nats per token" if is_loss else "points",
-    )
-
-
-def bootstrap(values: Array, weights: Array, num_resamples: int = NUM_RESAMPLES) -> Array:
-    """Resample items, and return what each resample makes of each row of values.
-
-    All rows see the same resamples, so that their differences are paired.
-
-    Args:
-        values: By row and item, summed per item.
-        weights: By item.
-        num_resamples: How many, a multiple of 100.
-
-    Returns:
-        Sum of values over sum of weights, by resample and row.
-    """
-    rng = np.random.default_rng(_BOOTSTRAP_SEED)
-    count = len(weights)
-    shape = (_RESAMPLES_AT_ONCE, count)
-    offsets = count * np.arange(shape[0])[:, None]
-    means = []
-    for _ in range(0, num_resamples, shape[0]):
-        picks = rng.integers(count, size=shape) + offsets
-        times = np.bincount(picks.ravel(), minlength=shape[0] * count).reshape(shape).astype(float)
-        means.append(times @ values.T / (times @ weights)[:, None])
-    return np.concatenate(means)
-
-
-def paired_bootstrap(
-    first: ArrayLike, second: ArrayLike, weights: ArrayLike, choices: int = 1
-) -> Difference:
-    """Compare two runs over the same items by resampling the items.
-
-    Args:
-        first: What each item sums to (nats of a document, right or wrong of a question).
-        second: The same of the run that is compared with.
-        weights: What each item counts: tokens of a document, one per question.
-        choices: Number of runs `first` was picked from as the best. It widens the interval
-            (Bonferroni), since the best of many looks good by luck.
-    """
-    change = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    sizes = np.asarray(weights, dtype=float)
-    value = float(change.sum() / sizes.sum())
-    return _interval(value, bootstrap(change[None], sizes)[:, 0], len(change), choices)
-
-
-def _interval(value: float, drawn: Array, num_items: int, choices: int = 1) -> Difference:
-    if num_items < MIN_ITEMS:
-        return Difference(value, -math.inf, math.inf)
-    tail = 0.025 / choices
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Difference(value, float(low), float(high))
-
-
-def compare(
-    name: str, what: str, than: str, gap: Difference, measured: Measured, after: str = ""
-) -> Finding:
-    """Say by how much one thing is better than another; `after` ends the sentence."""
-    value, low, high = gap.value, gap.low, gap.high
-    if low <= 0 <= high:
-        doubt = (
-            f"(95% interval {measured.number(low, True)} to {measured.number(high, True)}), which "
-            "may be chance"
-            if math.isfinite(low)
-            else f"but {len(measured.weights)} items are too few to tell that from chance"
-        )
-        sentence = (
-            f"{what} is not shown to differ from {than}: the gain is "
-            f"{measured.number(value, True)} {measured.unit} {doubt}{after}."
-        )
-    else:
-        nearest, farthest = sorted((abs(low), abs(high)))
-        sentence = (
-            f"{what} is {'better' if value > 0 else 'worse'} than {than} by "
-            f"{measured.number(abs(value))} {measured.unit} "
-            f"(95% interval {measured.number(nearest)} to {measured.number(farthest)}){after}."
-        )
-    return _finding(name, gap, measured.unit, sentence)
-
-
-def _finding(name: str, gap: Difference, unit: str, sentence: str) -> Finding:
-    """Turn a difference into a finding; an interval without bounds is none."""
-    low, high = (gap.low, gap.high) if math.isfinite(gap.low) else (None, None)
-    return Finding(name, gap.value, low, high, unit, sentence)
-
-
-def unknown(name: str, sentence: str, unit: str = "") -> Finding:
-    """Return a finding without a number, whose sentence says why."""
-    return Finding(name, None, None, None, unit, sentence)
 
 
 def depth_measures(result: Json, task: str) -> list[Finding]:
@@ -223,9 +41,7 @@ def depth_measures(result: Json, task: str) -> list[Finding]:
     if len(measured.depths) < 2:
         sentence = f"Fewer than two depths were measured on {task}: nothing is known about depth."
         return [*findings, unknown("depth", sentence)]
-    oracle = measured.better.max(0)
-    drawn = bootstrap(np.vstack([measured.better, oracle]), measured.weights)
-    items = (_documents(measured),) if measured.sign < 0 else _answers(measured)
+    drawn = resample(measured)
     return [
         *findings,
         _best_depth(measured, drawn),
@@ -233,8 +49,7 @@ def depth_measures(result: Json, task: str) -> list[Finding]:
         _practical_knee(measured, drawn),
         _total_gain(measured, drawn),
         *_marginal_gains(measured, drawn),
-        *items,
-        _oracle(measured, oracle, drawn),
+        *_by_item(measured),
         _stability(measured, drawn, result["model"]["trained_recurrence"]),
     ]
 
@@ -265,18 +80,20 @@ def _gain(
     measured: Measured, drawn: Array, deep: int, shallow: int, choices: int = 1
 ) -> Difference:
     """How much better the depth with one index is than that with another."""
+    if measured.errors is not None:
+        return difference(measured, deep, measured, shallow, choices)
     value = float(measured.scores[deep] - measured.scores[shallow])
-    return _interval(value, drawn[:, deep] - drawn[:, shallow], len(measured.weights), choices)
+    return interval(value, drawn[:, deep] - drawn[:, shallow], len(measured.weights), choices)
 
 
 def _best_depth(measured: Measured, drawn: Array) -> Finding:
     best, depths = measured.best, np.array(measured.depths)
-    winners = drawn[:, : len(depths)].argmax(1)
+    winners = drawn.argmax(1)
     low, high = np.quantile(depths[winners], [0.025, 0.975], method="inverted_cdf")
     sentence = (
         f"r = {depths[best]} is the best of {len(depths)} depths "
         f"({measured.level(measured.scores[best])}), as in {np.mean(winners == best):.0%} of "
-        "resamples."
+        f"{_draws(measured)}."
     )
     value = float(depths[best])
     return Finding("best depth", value, float(low), float(high), "recurrences", sentence)
@@ -290,8 +107,8 @@ def _knee(measured: Measured, drawn: Array) -> Finding:
     if _gain(measured, drawn, *_rise(measured)).low <= 0:
         return unknown("knee", f"No knee: no depth is shown to beat r = {depths[0]}.", unit)
     knee = int(knees(depths, measured.scores[None])[0])
-    found = knees(depths, drawn[:, : len(depths)])
-    agree = f"{np.mean(found == knee):.0%} of resamples"
+    found = knees(depths, drawn)
+    agree = f"{np.mean(found == knee):.0%} of {_draws(measured)}"
     if knee < 0:
         sentence = f"No knee: over log depth the gain is nearly straight, as in {agree}."
         return unknown("knee", sentence, unit)
@@ -306,12 +123,13 @@ def _knee(measured: Measured, drawn: Array) -> Finding:
 
 def _practical_knee(measured: Measured, drawn: Array) -> Finding:
     """The error is that of the paired difference: models differ less than items do."""
-    best, count = measured.best, len(measured.depths)
+    best = measured.best
     gaps = measured.scores[best] - measured.scores
-    errors = (drawn[:, [best]] - drawn[:, :count]).std(0)
+    errors = (drawn[:, [best]] - drawn).std(0)
+    kind = "paired" if measured.errors is None else "unpaired"
     least = measured.depths[int(np.argmax(gaps <= errors))]
     sentence = (
-        f"r = {least} is the smallest depth within one (paired) standard error of the best, "
+        f"r = {least} is the smallest depth within one ({kind}) standard error of the best, "
         f"r = {measured.depths[best]}."
     )
     return Finding("practical knee", float(least), None, None, "recurrences", sentence)
@@ -348,12 +166,32 @@ def _price(step: str, gap: Difference, cost: float, unit: str) -> Finding:
     if not cost > 0:
         return unknown(name, f"The FLOPs from r = {step} are not known.", unit_price)
     value, low, high = gap.value / cost, gap.low / cost, gap.high / cost
-    between = f"95% interval {low:+.3g} to {high:+.3g}" if math.isfinite(low) else "too few items"
+    between = (
+        f"95% interval {low:+.3g} to {high:+.3g}{gap.aside}"
+        if math.isfinite(low)
+        else "too few items"
+    )
     chance = "; this may be chance" if low <= 0 <= high else ""
     sentence = (
         f"From r = {step} a further GFLOP per token buys {value:+.3g} {unit} ({between}){chance}."
     )
-    return _finding(name, Difference(value, low, high), unit_price, sentence)
+    return finding(name, Difference(value, low, high), unit_price, sentence)
+
+
+def _by_item(measured: Measured) -> list[Finding]:
+    """What only the items can tell."""
+    if measured.errors is not None:
+        sentence = (
+            f"Only values and standard errors are known on {measured.task}, no items: nothing can "
+            "be said of answers that depth spoils or mends, nor of the best depth of each item."
+        )
+        return [unknown("items", sentence)]
+    rates = [_documents(measured)] if measured.sign < 0 else _answers(measured)
+    return [*rates, _oracle(measured)]
+
+
+def _draws(measured: Measured) -> str:
+    return "resamples" if measured.errors is None else "draws from the standard errors"
 
 
 def _answers(measured: Measured) -> tuple[Finding, Finding]:
@@ -413,17 +251,16 @@ def _share(name: str, hits: int, total: int, meaning: str) -> Finding:
     return Finding(name, 100 * hits / total, 100 * low, 100 * high, "% of items", sentence)
 
 
-def _oracle(measured: Measured, oracle: Array, drawn: Array) -> Finding:
+def _oracle(measured: Measured) -> Finding:
     best = measured.best
-    value = float(oracle.sum() / measured.weights.sum() - measured.scores[best])
-    gap = _interval(value, drawn[:, -1] - drawn[:, best], len(measured.weights))
+    gap = paired_bootstrap(measured.better.max(0), measured.better[best], measured.weights)
     sentence = (
         f"Each item at the depth that suits it best would reach "
-        f"{measured.level(value + measured.scores[best])}, {measured.number(value)} "
+        f"{measured.level(gap.value + measured.scores[best])}, {measured.number(gap.value)} "
         f"{measured.unit} better than r = {measured.depths[best]} for all: an upper bound of any "
         "router, not attainable, since it knows the answers and profits from luck too."
     )
-    return _finding("oracle depth", gap, measured.unit, sentence)
+    return finding("oracle depth", gap, measured.unit, sentence)
 
 
 def _stability(measured: Measured, drawn: Array, trained: float | None) -> Finding:

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rondo.evaluation.items import MATH, MATH_500
 from rondo.evaluation.outcome import Outcome, Score, finite, ratio, ratio_stderr
 from rondo.evaluation.tasks import HarnessTask
 
@@ -18,28 +21,64 @@ METRICS = ("acc_norm", "acc", "math_verify", "exact_match", "bits_per_byte")
 FILTERS = ("flexible-extract", "none", "strict-match")
 # Steps of a filter that choose among several answers.
 SELECTIONS = ("take_first", "take_first_k", "majority_vote")
+# What the harness's filters give for a text without an answer.
+NO_ANSWER = "[invalid]"
 # Characters of a prompt (its end) and of an answer that are kept to be shown.
 SHOWN = 1500
 
 
 def voting(task: Any, samples: int, temperature: float) -> Any:
-    """Return the task with several sampled answers per item, of which the most frequent counts."""
-    pipelines = task.config.filter_list or [{"name": "none", "filter": []}]
+    """Return the task with several sampled answers per item, of which the most frequent counts.
+
+    Self-consistency, arXiv:2203.11171. Answers are told apart as the task's metric does; the
+    harness's own vote would count 7 and 7. as two, and a text without an answer as one.
+    """
+    matching = [one for one in task.config.metric_list or () if "regexes_to_ignore" in one]
+    vote: Json = {
+        "function": "most_frequent",
+        "ignore": [regex for one in matching for regex in one["regexes_to_ignore"]],
+    }
+    if task.config.dataset_path in (MATH, MATH_500):
+        # Its definition takes answers from texts after the filters.
+        vote["answer"] = r"The final answer is(.*?)\. I hope"
     filters = []
-    for pipeline in pipelines:
+    for pipeline in task.config.filter_list or [{"name": "none", "filter": []}]:
         steps = [step for step in pipeline["filter"] if step["function"] not in SELECTIONS]
-        vote = [{"function": "majority_vote"}, {"function": "take_first"}]
-        filters.append({"name": pipeline["name"], "filter": steps + vote})
+        filters.append({"name": pipeline["name"], "filter": [*steps, vote]})
     how = task.config.generation_kwargs | {"do_sample": True, "temperature": temperature}
     changes = {"repeats": samples, "generation_kwargs": how, "filter_list": filters}
     return type(task)(config=vars(task.config) | changes)
 
 
+def most_frequent(texts: Sequence[str], ignore: Sequence[str] = (), answer: str = "") -> str:
+    """Return the first of the texts whose answer most of them give.
+
+    Args:
+        texts: What is chosen among.
+        ignore: Patterns of what is no part of an answer.
+        answer: Pattern whose first group is the answer of a text; the whole text unless given.
+    """
+    said = [re.search(answer, text, re.DOTALL) for text in texts] if answer else texts
+    votes = [one.group(1) if isinstance(one, re.Match) else one for one in said]
+    for pattern in ignore:
+        votes = [vote and re.sub(pattern, "", vote) for vote in votes]
+    votes = [vote and vote.strip().lower() for vote in votes]
+    counts = Counter(vote for vote in votes if vote and vote != NO_ANSWER)
+    return texts[votes.index(counts.most_common(1)[0][0])] if counts else texts[0]
+
+
 class Effort(NamedTuple):
-    """What measuring a task took: seconds, and the tokens of each sequence that was run."""
+    """What measuring a task took.
+
+    Attributes:
+        seconds: Of all passes.
+        lengths: Tokens of each sequence that was run.
+        cut: How many of these lost their beginning, being longer than the model was made for.
+    """
 
     seconds: float
     lengths: list[int]
+    cut: int
 
 
 class Series(NamedTuple):
@@ -135,12 +174,13 @@ def outcome_of(
         "items": len(items),
         "num_fewshot": task.config.num_fewshot,
         "suite": given.suite,
+        "truncated": effort.cut,
     }
     lines = [
         {
             "task": name,
             "item": one["doc_id"],
-            "prompt": one["arguments"][0][0][-SHOWN:],
+            "prompt": _prompt(task, one)[-SHOWN:],
             "target": _target(task, one),
             "answers": {
                 str(depth): _answer(task, main.metric, ones[number])[:SHOWN]
@@ -188,6 +228,13 @@ def _answer(task: Any, metric: str, item: Any) -> str:
     return f"log-probability {np.ravel(item['resps'][0][0])[0]:.3f}"
 
 
+def _prompt(task: Any, item: Any) -> str:
+    """Return what comes before the answer; or after it, where the options come first."""
+    if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_input:
+        return f"... {item['target']}"
+    return str(item["arguments"][0][0])
+
+
 def _target(task: Any, item: Any) -> str:
     target = item["target"]
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -217,6 +264,7 @@ def pooled(given: HarnessTask, parts: Sequence[Outcome]) -> Outcome:
         "source": given.source,
         "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         "items": len(weights),
+        "truncated": sum(part.described["truncated"] for part in parts),
     }
     metric = described["metric"]
     return Outcome(

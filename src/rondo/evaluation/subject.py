@@ -83,8 +83,7 @@ class Subject:
     @property
     def max_length(self) -> int:
         """Tokens that the model was made for."""
-        config = self.model.config.base_config if self.recurrent else self.model.config
-        return int(config.max_position_embeddings)
+        return int(self.model.config.max_position_embeddings)
 
     def predict(self, sequences: Sequence[Passage], seed: int = 0) -> list[list[Prediction]]:
         """Predict the tokens of a batch at each depth, in one pass.

@@ -48,6 +48,7 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
     if not passages:
         raise UserError(f"{path} holds no document of two tokens or more")
     predicted = sum(len(one.ids) - one.start for one in passages)
+    decode: Any = tokenizer.decode
     content = json.dumps([[one.ids, one.start] for one in passages])
     described = {
         "kind": "loss",
@@ -61,7 +62,7 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
         "suite": task.suite,
         "tokens": predicted,
         # The first token has nothing before it and is not predicted.
-        "bytes": sum(len(tokenizer.decode(one.ids[one.start :]).encode()) for one in passages),
+        "bytes": sum(len(decode(one.ids[one.start :]).encode()) for one in passages),
     }
     return Text(described, passages)
 

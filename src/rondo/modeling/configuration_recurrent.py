@@ -112,6 +112,11 @@ class RecurrentConfig(PreTrainedConfig):
         return self.base_config.hidden_size
 
     @property
+    def max_position_embeddings(self) -> int:
+        """Tokens that the parent was made for."""
+        return self.base_config.max_position_embeddings
+
+    @property
     def num_hidden_layers(self) -> int:
         """Number of stored layers, each counted once."""
         return self.base_config.num_hidden_layers

@@ -17,7 +17,12 @@ from rondo.plots.depth import (
     x_encodings,
 )
 from rondo.plots.probe import core_chart, layer_chart
-from rondo.plots.series import StateMeasure, states_chart, training_chart
+from rondo.plots.series import (
+    StateMeasure,
+    checkpoints_chart,
+    states_chart,
+    training_chart,
+)
 from rondo.plots.theme import Row, javascript, to_png, to_spec, to_svg
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "Stage",
     "StateMeasure",
     "XAxis",
+    "checkpoints_chart",
     "core_chart",
     "depth_chart",
     "drawn_models",

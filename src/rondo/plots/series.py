@@ -60,6 +60,13 @@ _TRAINING_TOOLTIP = (
     ("tokens", "training tokens", ",.3~s"),
     ("x", "training FLOPs", ".4~s"),
 )
+_CHECKPOINT_TOOLTIP = (
+    ("model", "model", None),
+    ("y", "score (%)", ".2f"),
+    ("num_recurrences", "recurrence r", None),
+    ("step", "step", ","),
+    ("x", "training FLOPs", ".3~e"),
+)
 
 
 def training_chart(rows: Sequence[Row], fits: Sequence[Row] = ()) -> alt.LayerChart:
@@ -93,12 +100,7 @@ def training_chart(rows: Sequence[Row], fits: Sequence[Row] = ()) -> alt.LayerCh
         "fit": [{"model": fit["model"], "x": fit["flops"], "y": fit["loss"]} for fit in fits],
         "labels": place_labels(held_out or points, y_span, _HEIGHT),
     }
-    x = alt.X(
-        "x:Q",
-        title="executed training FLOPs (log)",
-        scale=alt.Scale(type="log", domain=x_span),
-        axis=alt.Axis(format=".3~s", tickCount=6, labelOverlap=True, grid=False),
-    )
+    x = _along_flops("executed training FLOPs (log)", x_span, ".3~s")
     scale = alt.Scale(domain=y_span, nice=False)
     y = alt.Y("y:Q", title="loss (nats per token)", scale=scale, axis=alt.Axis(tickCount=6))
     detail = alt.Detail("series:N")
@@ -115,6 +117,38 @@ def training_chart(rows: Sequence[Row], fits: Sequence[Row] = ()) -> alt.LayerCh
     ]
     title = "Loss against training FLOPs"
     return _isolatable(finish(layers, data, title, " ".join(said), _HEIGHT))
+
+
+def checkpoints_chart(rows: Sequence[Row], task: str, axis_title: str) -> alt.LayerChart:
+    """Draw what checkpoints score against their training FLOPs, each at its trained depth.
+
+    Args:
+        rows: `model`, `role`, `stage`, `step`, `flops`, `num_recurrences` and `value`, a share.
+        task: What was scored.
+        axis_title: Of what is drawn upwards, in percent.
+    """
+    points: list[Row] = [
+        {**row, "series": row["model"], "x": row["flops"], "y": 100 * row["value"]}
+        for row in rows
+        if row["flops"] > 0 and is_finite(row["value"])
+    ]
+    y_span = span([point["y"] for point in points])
+    x_span = span([point["x"] for point in points], log=True)
+    x = _along_flops("training FLOPs (log)", x_span, "~e")
+    scale = alt.Scale(domain=y_span, nice=False)
+    y = alt.Y("y:Q", title=axis_title, scale=scale, axis=alt.Axis(tickCount=6))
+    by_color, by_shape = _styled(points)
+    lines = layer("points").encode(x, y, by_color, isolating())
+    layers = [
+        lines.mark_line(strokeWidth=2),
+        lines.encode(by_shape).mark_point(filled=True, size=45),
+        *_labelled(y, by_color, by_shape),
+        _hover(x, y, _CHECKPOINT_TOOLTIP),
+    ]
+    data = {"points": points, "labels": place_labels(points, y_span, _HEIGHT)}
+    said = "Each model at the depth it was trained with; before its end the learning rate is high."
+    title = f"{task}: checkpoints against training FLOPs"
+    return _isolatable(finish(layers, data, title, said, _HEIGHT))
 
 
 def states_chart(rows: Sequence[Row], measure: StateMeasure) -> alt.LayerChart:
@@ -147,6 +181,12 @@ def states_chart(rows: Sequence[Row], measure: StateMeasure) -> alt.LayerChart:
         _hover(x, y, _STATE_TOOLTIP),
     ]
     return _isolatable(finish(layers, {"points": points}, title, said, 200))
+
+
+def _along_flops(title: str, x_span: Sequence[float], form: str) -> alt.X:
+    scale = alt.Scale(type="log", domain=list(x_span))
+    axis = alt.Axis(format=form, tickCount=6, labelOverlap=True, grid=False)
+    return alt.X("x:Q", title=title, scale=scale, axis=axis)
 
 
 def _without_warmup(points: Sequence[Row]) -> tuple[list[float], list[float]]:

@@ -167,10 +167,14 @@ def finish(
     height: int | alt.Step,
 ) -> alt.LayerChart:
     """Join the layers, and add their data and what all figures share."""
+    datasets = {
+        name: [{key: _held(value) for key, value in row.items()} for row in rows]
+        for name, rows in data.items()
+    }
     return (
         alt.LayerChart(layer=layers)
         .properties(
-            datasets=data,
+            datasets=datasets,
             width="container",
             height=height,
             title=alt.Title(title, subtitle=subtitle, anchor="start", offset=14),
@@ -185,3 +189,8 @@ def finish(
             view=alt.ViewConfig(stroke=None),
         )
     )
+
+
+def _held(value: Any) -> Any:
+    """Turn counts that fit in no 64 bits, such as training FLOPs, into what a renderer reads."""
+    return float(value) if isinstance(value, int) and abs(value) >= 2**63 else value

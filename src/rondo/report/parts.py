@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rondo import plots
-from rondo.evaluation.measures import Finding
+from rondo.evaluation.comparisons import Finding
 from rondo.report import words
 
 Json = dict[str, Any]
@@ -64,9 +64,12 @@ def training_cost(model: Json) -> str:
         trained = model["stage"] == "after"
         return "How it was trained is not known here." if trained else "Nothing was trained."
     depth = f", recurrence {training['recurrence']}" if model["split"] else ""
+    flops = f"{words.si(training['flops'])} FLOPs"
+    if training["flops"] is None and training["flops_paper"]:
+        flops = f"{training['flops_paper']:.3g} FLOPs in the paper's account"
+    time = f", {training['seconds']:,.0f} s" if training["seconds"] else ""
     return (
         f"Trained on {words.number(training['tokens'], ',')} tokens of {training['data']} in "
-        f"{words.number(training['steps'], ',')} steps: {words.si(training['flops'])} FLOPs, "
-        f"{words.number(training['seconds'], ',.0f')} s (loss {training['loss']}{depth}, seed "
-        f"{training['seed']})."
+        f"{words.number(training['steps'], ',')} steps: {flops}{time} (loss "
+        f"{training['loss']}{depth}, seed {words.number(training['seed'], 'd')})."
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rondo.errors import UserError
+from rondo.evaluation.controls import share_items
 
 Json = dict[str, Any]
 
@@ -142,7 +143,10 @@ def _missing(content: Json) -> Iterator[str]:
     if not content.get("results"):
         yield "results"
     for result in content.get("results") or ():
-        lacking = [key for key in _KEYS if not result.get(key)]
+        # Of published values no items are known.
+        lacking = [
+            key for key in _KEYS if key not in result or (key != "items" and not result[key])
+        ]
         yield from lacking
         if lacking:
             continue
@@ -150,7 +154,7 @@ def _missing(content: Json) -> Iterator[str]:
         yield from _lacking("conditions", result["conditions"], _CONDITIONS)
         for name, task in result["tasks"].items():
             yield from _lacking(f"tasks.{name}", task, _TASK)
-            if name not in result["items"]:
+            if task.get("sha256") and name not in result["items"]:
                 yield f"items.{name}"
         for row in result["rows"]:
             yield from _lacking("rows", row, _ROW)
@@ -199,11 +203,7 @@ def _check_same_items(results: Sequence[Json]) -> None:
     for result in results:
         for task in result["tasks"]:
             other = first.setdefault(task, result)
-            facts = [
-                (one["tasks"][task]["sha256"], one["items"][task]["weights"])
-                for one in (other, result)
-            ]
-            if facts[0] != facts[1]:
+            if not share_items(other, result, task):
                 names = [f"{one['directory']} ({one['model']['label']})" for one in (other, result)]
                 raise UserError(
                     f"{task} was measured on other items in {names[1]} than in {names[0]}; run "

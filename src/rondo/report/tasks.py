@@ -59,7 +59,10 @@ def panel(number: int, task: str, results: Sequence[Json], rows: Sequence[Json])
         glance=_glance(curve, facts),
         spark=_spark([row["value"] for row in curve], facts["higher_is_better"]),
         answers=answers,
-        figures=_depth_figures(number, drawn, facts, fitted),
+        figures=[
+            *_depth_figures(number, drawn, facts, fitted),
+            *_checkpoint_figures(number, task, having),
+        ],
         tables=[_numbers(here, facts["kind"])],
         measures=[
             tabulate(
@@ -84,10 +87,8 @@ def _about(facts: Json) -> str:
     size = f", {facts['tokens']:,} tokens" if facts.get("tokens") else ""
     shots = f", {facts['num_fewshot']} solved examples before each" if facts["num_fewshot"] else ""
     chance = f", chance {facts['chance']:.0%}" if facts["chance"] else ""
-    return (
-        f"{what}, {facts['items']:,} items{size}{shots}{chance}, "
-        f"{facts['source']}, sha256 {facts['sha256'][:12]}"
-    )
+    known = f"sha256 {facts['sha256'][:12]}" if facts["sha256"] else "as published, without items"
+    return f"{what}, {facts['items']:,} items{size}{shots}{chance}, {facts['source']}, {known}"
 
 
 def _glance(curve: Sequence[Json], facts: Json) -> str:
@@ -123,7 +124,7 @@ def _depth_figures(
 ) -> list[Figure]:
     """Draw a task: what was trained, and then what was not if one scale cannot hold both."""
     drawable = plots.measures_of(facts)
-    name = f"{number}-{re.sub(r'[^a-z0-9]+', '-', rows[0]['task'].lower()).strip('-')[:40]}"
+    name = f"{number}-{_slug(rows[0]['task'])}"
     figures: list[Figure] = []
     seen: set[str] = set()
     stages: tuple[plots.Stage, ...] = ("after", "before")
@@ -144,6 +145,26 @@ def _depth_figures(
             axes = plots.x_encodings(rows, drawable[0], stage)
             figures.append(draw(f"depth-{name}-{stage}.svg", charts, axes))
     return figures
+
+
+def _checkpoint_figures(number: int, task: str, results: Sequence[Json]) -> list[Figure]:
+    """Draw what training bought, where checkpoints were scored."""
+    rows = [
+        {"model": model["label"], "role": model["role"], "stage": model["stage"]}
+        | {"flops": flops, "num_recurrences": depth, "step": step, "value": score}
+        for result in results
+        for model in [result["model"]]
+        for flops, depth, step, score in controls.checkpoint_scores(result, task)
+    ]
+    if not rows or results[0]["tasks"][task]["kind"] == "loss":
+        return []
+    metric = results[0]["tasks"][task]["metric"]
+    chart = plots.checkpoints_chart(rows, task, f"{metric} (%)")
+    return [draw(f"checkpoints-{number}-{_slug(task)}.svg", {"": chart})]
+
+
+def _slug(task: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-")[:40]
 
 
 def _fit_lines(rows: Sequence[Json], fitted: dict[str, Any]) -> list[Json]:
@@ -178,7 +199,7 @@ def _numbers(rows: Sequence[Json], kind: str) -> Table:
         "KV bytes per token": lambda row: words.number(row["kv_bytes_per_token"], ",.0f"),
         "ms per token": lambda row: words.number(row["ms_per_token"], ".3g"),
         PRICE: lambda row: words.number(row["price"], ".3g"),
-        "peak memory": lambda row: f"{words.si(row['peak_memory_bytes'])}B",
+        "peak memory": lambda row: words.si(row["peak_memory_bytes"], "B"),
     }
     if len(metrics) == 1:
         del columns["metric"]

@@ -18,14 +18,14 @@ def ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "none"
 
 
-def si(value: float | None) -> str:
+def si(value: float | None, unit: str = "") -> str:
     """Write a count with three digits and a metric prefix, such as 51.2T."""
     if value is None:
         return NONE
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
-            return f"{value / 10**power:.3g}{prefix}"
-    return f"{value:.3g}"
+            return f"{value / 10**power:.3g}{prefix}{unit}"
+    return f"{value:.3g}{unit}"
 
 
 def number(value: float | None, form: str) -> str:

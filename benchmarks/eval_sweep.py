@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig
 
 from rondo.config import EvalConfig
-from rondo.evaluation.subject import GRID, Passage, Subject
+from rondo.evaluation.subject import GRID, Passage, Subject, load_subject
 from rondo.flops import costs_of
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
@@ -53,16 +53,13 @@ def random_model(shape: str, width: int) -> RecurrentForCausalLM:
 
 def subject_of(arguments: argparse.Namespace) -> Subject:
     """Return what is measured, able to run to r = 32."""
-    config = EvalConfig(model=arguments.model or "random", dtype=arguments.dtype)
     device = torch.device(arguments.device)
     if arguments.model:
-        return Subject(Path(arguments.model), config, device)
-    # The tokenizer is of no matter: sequences are random.
-    subject = Subject.__new__(Subject)
-    subject.recurrent, subject.device = True, device
-    subject.model = random_model(arguments.shape, arguments.width).to(device).eval()
-    subject.recurrences = GRID
-    return subject
+        config = EvalConfig(model=arguments.model, dtype=arguments.dtype)
+        return load_subject(Path(arguments.model), config, device)
+    model = random_model(arguments.shape, arguments.width).to(device).eval()
+    # Sequences are random, and no tokenizer is asked.
+    return Subject(model, None, GRID, Path("random"))
 
 
 @torch.inference_mode()

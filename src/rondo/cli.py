@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         if verb in PASSED_ON:
-            load(PASSED_ON[verb][1])(argv[1:])
+            pass_on(verb, argv[1:])
             return 0
         cls, where = COMMANDS[verb]
         settings = config.parse(cls, argv[1:], prog=f"rondo {verb}")
@@ -84,6 +84,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rondo {verb}: error: cannot write: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def pass_on(verb: str, argv: list[str]) -> None:
+    """Run another program with our models known to it.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        program = load(PASSED_ON[verb][1])
+    except ImportError as error:
+        raise UserError(
+            f'{verb} is not installed ({error}): pip install "rondo-lm[eval]"'
+        ) from error
+    program(argv)
 
 
 def load(where: str) -> Any:

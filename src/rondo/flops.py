@@ -108,7 +108,7 @@ class Costs:
         attention = 4 * self.attention_width * seq_len * self.num_coda_layers
         return 2 * (self.coda_matmul + self.head_matmul) + attention
 
-    def forward_flops(self, num_recurrences: int, seq_len: int) -> int:
+    def forward_flops(self, num_recurrences: int, seq_len: float) -> Any:
         """Executed FLOPs per token of one forward pass over `seq_len` tokens without a cache.
 
         Attention is counted as the full square, as `FlopCounterMode` counts it: no credit is given
@@ -122,6 +122,18 @@ class Costs:
         )
         attention = 4 * self.attention_width * seq_len * self.effective_depth(num_recurrences)
         return 2 * matmul_weights + attention
+
+    def generation_flops(self, num_recurrences: int, prompt: float, new: float) -> float:
+        """Executed FLOPs per token of a prompt that is read at once and continued with a cache.
+
+        The head runs once for the prompt, whose last token gives the first of the new ones, and
+        the last new token is not read any more. Lengths may be means.
+        """
+        steps = max(0.0, new - 1)
+        reading = prompt * self.forward_flops(num_recurrences, prompt)
+        spared = 2 * self.head_matmul * (prompt - 1)
+        decoding = steps * self.forward_flops(num_recurrences, prompt + (steps + 1) / 2)
+        return (reading - spared + decoding) / (prompt + steps)
 
     def train_flops(
         self, num_recurrences: int, backprop_depth: int, seq_len: int, frozen: bool = False

@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -58,6 +60,14 @@ def hardware(device: str = "auto") -> str:
     if device != "cpu" and torch.cuda.is_available():
         return f"cuda ({torch.cuda.get_device_name()})"
     return f"cpu ({_cpu_name()}, {torch.get_num_threads()} threads)"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use: on a GPU by tensors, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _cpu_name() -> str:

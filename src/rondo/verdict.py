@@ -3,17 +3,23 @@
 Pure functions of results as `rondo eval` writes them: nothing is read, written or drawn here.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rondo.evaluation.comparisons import NUM_RESAMPLES, Json, Measured, difference, measure
+from rondo.evaluation.comparisons import NUM_RESAMPLES, Json, answer
 from rondo.evaluation.controls import (
-    cost_words,
+    EQUAL_FLOPS,
+    Contest,
+    checkpoint_contest,
+    checkpoint_scores,
+    contest,
+    data_of,
+    equal_flops_losses,
     find,
+    lacking,
     rival,
-    share_items,
     spoken,
+    training_ratio,
     training_words,
 )
 
@@ -22,19 +28,24 @@ Judgement = tuple[str, list[str]]
 _DEPTH = "After training, does depth help?"
 _STATIC = "Is the best depth better than the static twin"
 _NO_AFTER = "Not known: no trained recurrent model is among the results."
-_NO_STATIC = "Not known: no static twin is among the results (rondo train --mode static)."
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A question, and what is compared to answer it: the best depth within bounds with a rival."""
+    """A question, and what is compared to answer it on a task."""
 
     text: str
-    first: Json
-    second: Json
-    other: str
-    minimum: int = 1
-    maximum: float = math.inf
+    tasks: Sequence[str | None]
+    """None alone where the answer is about the trainings rather than a task."""
+    meet: Callable[[str], Contest]
+    of_depth: bool = True
+    """Whether a yes claims a gain of depth."""
+
+    def answers(self) -> list[str]:
+        """Answer once per task, beginning with Yes, No, Not shown or Not known."""
+        return [_said(task, self.meet(task or "")) for task in self.tasks] or [
+            "Not known: no task in common."
+        ]
 
 
 def verdict(results: Sequence[Json]) -> list[str]:
@@ -46,71 +57,80 @@ def judge(results: Sequence[Json]) -> list[Judgement]:
     """Answer each question of the verdict once per task.
 
     Answers begin with Yes, No, Not shown or Not known. Where several results share a role, the
-    first is judged: the order is the user's.
+    first is judged, and further recurrent ones are set against it: the order is the user's. A
+    difference below `comparisons.LEAST` is none, however sure.
     """
-    judged = [(question.text, _answers(question)) for question in _questions(results)]
+    judged = [(question.text, question.answers()) for question in _questions(results)]
     after = find(results, "recurrent", "after")
     if not after:
         judged.insert(0, (_DEPTH, [_NO_AFTER]))
-    elif not rival(results, "static twin"):
-        judged.insert(1, ("Is the best depth better than plain training?", [_NO_STATIC]))
+    elif not rival(results, "static twin", after):
+        reason = f"Not known: {lacking(results, 'static twin')}."
+        judged.insert(1, ("Is the best depth better than plain training?", [reason]))
     return judged
 
 
 def headline(results: Sequence[Json]) -> str:
-    """Sum the verdict over tasks up in one sentence."""
+    """Sum the verdict over tasks up in one sentence; what is not known does not count."""
     after = find(results, "recurrent", "after")
     if not after:
         return "Not known whether depth helps after training: no trained recurrent model is here."
-    told = {question.text: _answers(question) for question in _first_two(results)}
-    depth = told.pop(_DEPTH)
-    helps, harms = _count(depth, "Yes"), _count(depth, "No ")
-    if one := next(iter(after["tasks"])) if len(depth) == 1 else "":
-        verb = "helps" if helps else "harms" if harms else "is not shown to help"
-        sentence = f"Depth {verb} on {one}"
-    else:
-        verb = f"helps on {helps}" if helps else "is shown to help on none"
-        sentence = f"Depth {verb} of {len(depth)} tasks"
-        sentence += f" and harms on {harms}" if harms else ""
-    if not told:
-        return f"{sentence}; no static twin was measured."
-    question, answers = next(iter(told.items()))
-    better, known = _count(answers, "Yes"), len(answers) - _count(answers, "Not known")
-    than = question.removeprefix("Is the best depth better than ").rstrip("?").replace(",", "")
+    depth, *static = [(question.text, question.answers()) for question in _first_two(results)]
+    said = _sum_up(depth[1], "helps", "harms", "harms", "is not shown to help", " tasks")
+    where = f" on {next(iter(after['tasks']))}" if len(depth[1]) == 1 else ""
+    said = f"Depth {said}{where}" if said else "It is not known whether depth helps"
+    if not static:
+        return f"{said}; no static twin of its parent was measured."
+    than = static[0][0].removeprefix("Is the best depth better than ").rstrip("?").replace(",", "")
+    neither = f"is not shown to differ from {than}"
+    beside = _sum_up(static[0][1], f"beats {than}", f"loses to {than}", "loses to it", neither)
+    return f"{said}; " + (
+        f"its best depth {beside}." if beside else f"beside {than} nothing is known."
+    )
+
+
+def _sum_up(
+    answers: Sequence[str], good: str, bad: str, also_bad: str, neither: str, noun: str = ""
+) -> str:
+    """Count answers of yes and no in words, of those that are known; nothing where none is."""
+    words = [_word(one) for one in answers]
+    yes, no, unknown = (words.count(word) for word in ("Yes", "No", "Not known"))
+    known = len(words) - unknown
+    of = f" of {known}{noun}" + (f" ({unknown} not known)" if unknown else "")
     if not known:
-        return f"{sentence}; beside {than} nothing is known."
-    if one:
-        verb = (
-            "beats" if better else "loses to" if _count(answers, "No ") else "is not shown to beat"
-        )
-        return f"{sentence}; its best depth {verb} {than}."
-    return f"{sentence}; its best depth beats {than} on {better or 'none'} of {known}."
+        return ""
+    if yes and no:
+        return f"{good} on {yes} and {also_bad} on {no}{of}"
+    verb, count = (good, yes) if yes else (bad, no) if no else (neither, "any")
+    return verb if len(words) == 1 else f"{verb} on {count}{of}"
 
 
 def claims_gain(results: Sequence[Json]) -> bool:
     """Whether the verdict answers any question about depth, beyond r = 1, with yes."""
     return any(
-        answer.startswith("Yes")
+        one.startswith("Yes")
         for question in _questions(results)
-        if question.maximum > 1
-        for answer in _answers(question)
+        if question.of_depth
+        for one in question.answers()
     )
 
 
 def caveats(results: Sequence[Json]) -> list[str]:
     """Say what the intervals leave out, and where the conditions differ."""
     notes = _intervals(results)
-    comparisons = sum(
-        share_items(question.first, question.second, task)
-        for question in _questions(results)
-        for task in _tasks(question)
-    )
-    if comparisons > 1:
+    known = [one for _, answers in judge(results) for one in answers if _word(one) != "Not known"]
+    if len(known) > 1:
         notes.append(
-            f"The verdict makes {comparisons} comparisons, each at 95%: were there no differences "
-            f"at all, about {max(1, round(0.05 * comparisons))} would seem to be one."
+            f"The verdict makes {len(known)} comparisons, each at 95%: were there no differences "
+            f"at all, about {0.05 * len(known):.1f} would seem to be one."
         )
     notes += _seeds(results)
+    first, *others = [one for one in results if _is_run(one)] or [None]
+    if first and others:
+        notes.append(
+            f"Of {len(others) + 1} trained recurrent models the verdict is about the first, "
+            f"'{first['model']['label']}'."
+        )
     limits = {limit for result in results if (limit := result["conditions"]["limit"])}
     if limits:
         count = " or ".join(f"{limit:,}" for limit in sorted(limits))
@@ -119,8 +139,7 @@ def caveats(results: Sequence[Json]) -> list[str]:
         values = dict.fromkeys(str(result["conditions"][key]) for result in results)
         if len(values) > 1:
             notes.append(f"Not all were evaluated with the same {key}: {'; '.join(values)}.")
-    trainings = [training for result in results if (training := result["model"]["training"])]
-    data = dict.fromkeys(str(training["data"]) for training in trainings)
+    data = dict.fromkeys(data for result in results if (data := data_of(result)))
     if len(data) > 1:
         notes.append(f"Not all were trained on the same data: {'; '.join(data)}.")
     return notes
@@ -136,93 +155,100 @@ def _questions(results: Sequence[Json]) -> Iterator[_Question]:
     """List what can be asked of these results, the weightiest first."""
     yield from _first_two(results)
     before, after = (find(results, "recurrent", stage) for stage in ("before", "after"))
-    names = ("static twin", "parent", "random twin", "self-consistency")
-    static, parent, random, votes = (rival(results, name) for name in names)
+    ours = after or before
+    if not ours:
+        return
+    static, parent, random, votes = (
+        rival(results, name, ours)
+        for name in ("static twin", "parent", "random twin", "self-consistency")
+    )
     if after and static:
+        yield from _at_equal_flops(after, static)
         text = "At r = 1, is the trained model better than the static twin?"
-        yield _Question(text, after, static, "the static twin", 1, 1)
+        yield _asked(text, after, static, "the static twin", 1, 1)
     if after and parent:
         text = "At r = 1, is the trained model better than the parent?"
-        yield _Question(text, after, parent, "the parent", 1, 1)
+        yield _asked(text, after, parent, "the parent", 1, 1)
     if before:
-        yield _Question("Before training, did depth help?", before, before, "r = 1", 2)
-    ours = after or before
-    if ours and votes:
+        yield _asked("Before training, did depth help?", before, before, "r = 1", 2)
+    if votes:
         text = "Is the best depth better than the parent with self-consistency?"
-        yield _Question(text, ours, votes, spoken("self-consistency", votes))
+        tasks = [task for task in ours["tasks"] if task in votes["tasks"]]
+        yield _asked(text, ours, votes, spoken("self-consistency", votes), tasks=tasks)
     if after and random:
         text = "Is the best depth better than the random twin, which began without the parent?"
-        yield _Question(text, after, random, "the random twin")
+        yield _asked(text, after, random, "the random twin")
+    for other in results:
+        if _is_run(other) and other is not after and after:
+            label = f"'{other['model']['label']}'"
+            yield _asked(f"Is the best depth better than that of {label}?", after, other, label)
 
 
 def _first_two(results: Sequence[Json]) -> Iterator[_Question]:
     """List the questions that the headline sums up."""
-    after, static = find(results, "recurrent", "after"), rival(results, "static twin")
-    if after:
-        yield _Question(_DEPTH, after, after, "r = 1", 2)
-    if after and static:
+    after = find(results, "recurrent", "after")
+    if not after:
+        return
+    yield _asked(_DEPTH, after, after, "r = 1", 2)
+    if static := rival(results, "static twin", after):
         words = training_words(after, static)
         words = f" ({words})" if "unknown" in words else f", {words}"
-        yield _Question(f"{_STATIC}{words}?", after, static, "the static twin")
+        yield _asked(f"{_STATIC}{words}?", after, static, "the static twin")
 
 
-def _tasks(question: _Question) -> Iterable[str]:
-    """Return the tasks to answer on; self-consistency can only be had of those that generate."""
-    return (
-        task
-        for task in question.first["tasks"]
-        if question.second["model"]["role"] != "self-consistency"
-        or task in question.second["tasks"]
-    )
+def _at_equal_flops(ours: Json, theirs: Json) -> Iterator[_Question]:
+    """Ask for a matched comparison where the budgets differ: of checkpoints, else of losses."""
+    ratio, _ = training_ratio(ours, theirs)
+    if ratio is None or abs(ratio - 1) <= EQUAL_FLOPS:
+        return
+    text = "At equal training FLOPs, is the trained model better than the static twin?"
+    both = [
+        task for task in ours["tasks"] if all(checkpoint_scores(r, task) for r in (ours, theirs))
+    ]
+    if both:
+        yield _Question(text, both, lambda task: checkpoint_contest(ours, theirs, task))
+    else:
+        # One run each has no interval, so that this is never a yes or a no.
+        said = equal_flops_losses(ours, theirs).sentence.rstrip(".")
+        said = said.removeprefix("Not known: ")
+        yield _Question(text, [None], lambda _: said)
 
 
-def _answers(question: _Question) -> list[str]:
-    """Compare the best depth of one model within bounds with another model, per task."""
-    answers = [_answer(question, task) for task in _tasks(question)]
-    return answers or ["Not known: no task in common."]
+def _asked(
+    text: str,
+    ours: Json,
+    theirs: Json,
+    than: str,
+    minimum: int = 1,
+    maximum: float = float("inf"),
+    tasks: Sequence[str] | None = None,
+) -> _Question:
+    """Ask whether our best depth within bounds is better than another model's best."""
+
+    def meet(task: str) -> Contest:
+        return contest(ours, theirs, task, than, minimum, maximum)
+
+    # Another run that loops as well, or r = 1, tells nothing of depth.
+    of_depth = ours is theirs or (maximum > 1 and theirs["model"]["role"] != "recurrent")
+    return _Question(text, list(ours["tasks"]) if tasks is None else tasks, meet, of_depth)
 
 
-def _answer(question: _Question, task: str) -> str:
+def _said(task: str | None, found: Contest) -> str:
     """Answer in one sentence, with the interval and the price."""
-    if not share_items(question.first, question.second, task):
-        return f"Not known on {task}: {question.other} was not measured on the same items."
-    ours, theirs = measure(question.first, task), measure(question.second, task)
-    depths = [r for r in ours.depths if question.minimum <= r <= question.maximum]
-    rival_depth = _rival_depth(question, theirs)
-    if not depths or rival_depth is None:
-        return f"Not known on {task}: no finite values at the depths to compare."
-    mine = max((ours.depths.index(r) for r in depths), key=lambda i: float(ours.scores[i]))
-    gap = difference(ours, mine, theirs, rival_depth, choices=len(depths))
-    name = f"r = {ours.depths[mine]}" + (f", best of {len(depths)}," if len(depths) > 1 else "")
-    number, unit, other = ours.number, ours.unit, question.other
-    if gap.low <= 0 <= gap.high:
-        doubt = (
-            f"(95% interval {number(gap.low, True)} to {number(gap.high, True)}{gap.aside}), which "
-            "may be chance"
-            if math.isfinite(gap.low)
-            else f"but {len(ours.weights)} items are too few to tell that from chance"
-        )
-        return (
-            f"Not shown on {task}: the gain of {name} over {other} is {number(gap.value, True)} "
-            f"{unit} {doubt}."
-        )
-    word, side = ("Yes", "better") if gap.value > 0 else ("No", "worse")
-    low, high = sorted((abs(gap.low), abs(gap.high)))
-    price = cost_words(ours, mine, theirs, rival_depth)
-    return (
-        f"{word} on {task}: {name} is {number(abs(gap.value))} {unit} {side} than {other} "
-        f"(95% interval {number(low)} to {number(high)}{gap.aside})"
-        f"{f', {price}' if price else ''}."
-    )
+    where = f" on {task}" if task else ""
+    if isinstance(found, str):
+        return f"Not known{where}: {found}."
+    word, sentence = answer(*found)
+    return f"{word}{where}: {sentence}."
 
 
-def _rival_depth(question: _Question, theirs: Measured) -> int | None:
-    """Return the index of the depth to beat: r = 1, or the best of a looped model of its own."""
-    if not theirs.depths:
-        return None
-    if question.first is question.second:
-        return 0 if theirs.depths[0] == 1 else None
-    return theirs.best
+def _is_run(result: Json) -> bool:
+    return (result["model"]["role"], result["model"]["stage"]) == ("recurrent", "after")
+
+
+def _word(said: str) -> str:
+    """Return the word that an answer begins with."""
+    return next(word for word in ("Yes", "Not shown", "Not known", "No") if said.startswith(word))
 
 
 def _intervals(results: Sequence[Json]) -> list[str]:
@@ -246,19 +272,22 @@ def _intervals(results: Sequence[Json]) -> list[str]:
 
 def _seeds(results: Sequence[Json]) -> list[str]:
     """Say how much luck of seeds the results could average over."""
-    looped = [result for result in results if result["model"]["role"] == "recurrent"]
-    seeds = {training["seed"] for result in looped if (training := result["model"]["training"])}
+    looped = [result["model"] for result in results if result["model"]["role"] == "recurrent"]
+    trained = [model["training"]["seed"] for model in looped if model["training"]]
+    seeds = {seed for seed in trained if seed is not None}
     notes = []
-    if seeds:
+    if trained:
         count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds, of which the first counts"
+        count = count if seeds else "a seed that is not known"
         notes.append(
             f"The loop was trained with {count}: intervals leave out the luck of training."
         )
     drawn = max(len(result["conditions"]["seeds"]) for result in results)
     if drawn > 1:
         notes.append(f"Where sampling or the initial state is random, {drawn} seeds are averaged.")
+    elif drawn == 1 and any(model["state_init"] == "normal" for model in looped):
+        notes.append(
+            "The loop's initial state is random, and one seed of it was measured: intervals leave "
+            "out its luck (rondo eval --seeds 0 1 2)."
+        )
     return notes
-
-
-def _count(answers: Sequence[str], word: str) -> int:
-    return sum(answer.startswith(word) for answer in answers)

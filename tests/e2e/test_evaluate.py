@@ -24,10 +24,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("eval")
     save_parent(directory / "parent", tie_word_embeddings=True)
     (directory / "text.txt").write_text(TEXT)
+    (directory / "long.txt").write_text("word " * 100)
     pairs = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}."} for n in range(12)]
     lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
     (directory / "data" / "gsm8k").mkdir(parents=True)
     (directory / "data" / "gsm8k" / "test.jsonl").write_text(lines)
+    items = [
+        {"question": f"What follows {n}?", "choices": [str(n + 1), "none"], "label": n % 2}
+        for n in range(4)
+    ]
+    (directory / "data" / "arc_easy").mkdir()
+    text = "".join(json.dumps(item) + "\n" for item in items)
+    (directory / "data" / "arc_easy" / "test.jsonl").write_text(text)
+    # Long enough for a worked example and an answer of the harness's length.
+    save_parent(directory / "long-parent", max_position_embeddings=2048)
+    long = directory / "long"
+    assert rondo("convert", directory / "long-parent", long, "--sizes", "2,2,2") == 0
     model = directory / "model"
     assert rondo("convert", directory / "parent", model, "--sizes", "2,2,2") == 0
     for name, mode in (("run", "recurrent"), ("twin", "static")):
@@ -149,6 +161,79 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(
     assert not out.with_name("halves.unfinished").exists()
 
 
+def test_an_evaluation_that_replaces_another_can_be_stopped_too(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (before,) = measure(made, tmp_path / "eval", "model", "--recurrences", 1, "--limit", 2)
+    predict = Subject.predict
+
+    def stopped(self: Subject, passages: list[Passage], seed: int = 0) -> Any:
+        if len(passages) == 3:
+            raise KeyboardInterrupt
+        return predict(self, passages, seed)
+
+    monkeypatch.setattr(Subject, "predict", stopped)
+    told = ("--data", made / "text.txt", "--output-dir", tmp_path / "eval", "--limit", 15)
+    command = ("eval", made / "model", *told, "--recurrences", 1, "--batch-size", 4, "--overwrite")
+    assert rondo(*command) == 130
+    (kept,) = json_of(tmp_path / "eval" / "results.json")["results"]
+    assert kept["items"] == before["items"]
+    monkeypatch.setattr(Subject, "predict", predict)
+    assert rondo(*command, "--resume") == 0
+    (after,) = json_of(tmp_path / "eval" / "results.json")["results"]
+    assert after["tasks"]["text"]["items"] == 15
+
+
+def test_resume_replaces_nothing_of_others(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "out" / "run", tmp_path / "precious")
+    before = tree(tmp_path)
+    words = ("--data", made / "text.txt", "--limit", 2, "--output-dir", tmp_path / "precious")
+    assert rondo("eval", made / "model", *words, "--resume") == 2
+    assert tree(tmp_path) == before
+
+
+def test_several_answers_of_the_parent_cost_what_depth_costs(made: Path, tmp_path: Path) -> None:
+    words = ("--tasks", "gsm8k_paper", "--recurrences", 1, 5, "--limit", 2, "--against")
+    (ours, many) = measure(made, tmp_path / "eval", "long", *words, "self-consistency", data="data")
+    assert many["model"]["role"] == "self-consistency"
+    samples = {row["samples"] for row in many["rows"]}
+    (cheap, dear) = (ours["rows"][0]["flops_per_token"], ours["rows"][1]["flops_per_token"])
+    assert samples == {round(dear / cheap)} == {2}
+    assert many["conditions"]["seeds"] == [0]
+    seconds = [row["seconds"] for row in ours["rows"] if row["metric"] == "exact_match"]
+    # Each depth wrote its own answers, so that the two make up all of the time.
+    assert seconds[0] < seconds[1] < 0.9 * sum(seconds)
+
+
+def test_answers_are_kept_where_questions_are_long(made: Path, tmp_path: Path) -> None:
+    pair = {"question": "word " * 30, "answer": "It is 4."}
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text(json.dumps(pair) + "\n")
+    words = ("--tasks", "gsm8k_answers", "--data", tmp_path / "data", "--seq-len", 40)
+    out = ("--output-dir", tmp_path / "eval")
+    assert rondo("eval", made / "parent", *words, *out) == 0
+    (result,) = json_of(tmp_path / "eval" / "results.json")["results"]
+    assert result["tasks"]["gsm8k_answers"]["tokens"] == len(" It is 4.")
+    assert result["tasks"]["gsm8k_answers"]["truncated"] == 1
+
+
+def test_seeds_that_decide_nothing_are_not_claimed(made: Path, tmp_path: Path) -> None:
+    words = ("--seeds", 0, 1, 2, "--recurrences", 1, "--limit", 2)
+    (result,) = measure(made, tmp_path / "eval", "model", *words)
+    assert result["conditions"]["seeds"] == [0]
+
+
+def test_two_twins_keep_their_samples_apart(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "out" / "twin", tmp_path / "other")
+    words = ("--tasks", "arc_easy", "--recurrences", 1, "--against")
+    twins = (f"static={made / 'out' / 'twin'}", f"static={tmp_path / 'other'}")
+    results = measure(made, tmp_path / "eval", "out/run", *words, *twins, data="data")
+    labels = [result["model"]["label"] for result in results]
+    assert labels == ["recurrent, trained", "static twin", "static twin (2)"]
+    lines = (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["model"] for line in lines} == set(labels)
+
+
 def test_a_seed_decides_where_a_loop_from_noise_begins(made: Path, tmp_path: Path) -> None:
     words = ("--sizes", "2,2,2", "--state-init", "normal", "--injection", "linear")
     assert rondo("convert", made / "parent", tmp_path / "noisy", *words) == 0
@@ -202,10 +287,44 @@ def test_the_output_is_named_after_the_run(
         (("out/run", "--against", "cousin"), "--against cousin: give parent, static"),
         (("out/run", "--against", "self-consistency"), "there is none among the tasks"),
         (("nothing/at/all",), "there is no directory"),
-        (("out/run", "--tasks", "arc_hard"), "arc_hard"),
+        (("out/run", "--tasks", "arc_hard"), "there is no task arc_hard"),
         (("out/run", "--against", "static=parent"), "no config.json"),
         (("parent", "--against", "parent"), "names no parent"),
-        (("out/run", "--data", "absent.txt"), "absent.txt"),
+        (("out/run", "--data", "absent.txt"), "there is no text absent.txt"),
+        (
+            ("out/run", "--tasks", "gsm8k_paper", "--data", "data", "--apply-chat-template"),
+            "has no chat template: leave --apply-chat-template",
+        ),
+        (
+            ("out/run", "--data", "text.txt", "long.txt", "--seq-len", "400"),
+            "was made for 128: give --seq-len 128",
+        ),
+        (
+            (
+                "parent",
+                "--tasks",
+                "gsm8k_paper",
+                "--data",
+                "data",
+                "--against",
+                "self-consistency=parent",
+            ),
+            "needs a model with a loop",
+        ),
+        (
+            (
+                "out/run",
+                "--tasks",
+                "gsm8k_paper",
+                "--data",
+                "data",
+                "--against",
+                "self-consistency",
+                "--recurrences",
+                "1",
+            ),
+            "buys no second answer",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence_and_nothing_is_written(
@@ -233,7 +352,7 @@ def test_a_twin_of_another_kind_is_refused(
     words = ("--data", made / "text.txt", "--limit", 2, "--output-dir", tmp_path / "eval")
     capsys.readouterr()
     assert rondo("eval", made / "model", *words, "--against", f"static={made / 'parent'}") == 2
-    assert "cannot be the static: it is parent" in refusal(capsys)
+    assert "cannot stand for static" in refusal(capsys)
     assert list(tmp_path.iterdir()) == []
 
 

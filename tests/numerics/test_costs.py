@@ -233,3 +233,25 @@ def test_experts_count_by_the_share_that_a_token_meets(family: str, per_expert: 
     router = 4 * 32
     assert costs.core_matmul == 2 * (attention + router + 2 * 3 * 32 * per_expert)
     assert costs.total_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(("prompt", "new"), [(7, 1), (7, 6)])
+def test_generating_executes_what_is_counted(depth: int, prompt: int, new: int) -> None:
+    """A prompt at once, whose last place alone meets the head, then a token at a time."""
+    model = recurrent("llama")
+    model.set_attn_implementation("eager")
+    ids = torch.arange(prompt)[None] % VOCAB
+    with FlopCounterMode(display=False) as counter:
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            num_recurrences=depth,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    per_token = costs_of(model).generation_flops(depth, prompt, new)
+    # The rotary embedding is a product of matrices in some versions, and is not counted.
+    assert counter.get_total_flops() == pytest.approx(per_token * (prompt + new - 1), rel=2e-3)

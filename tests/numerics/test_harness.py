@@ -25,7 +25,7 @@ from rondo.evaluation.ledger import Ledger
 from rondo.evaluation.lm import RondoLM, Sweep
 from rondo.evaluation.outcome import Outcome
 from rondo.evaluation.scores import most_frequent, voting
-from rondo.evaluation.subject import Subject
+from rondo.evaluation.subject import load_subject
 from rondo.evaluation.tasks import HarnessTask, plan_tasks
 from rondo.processes import World
 
@@ -91,12 +91,9 @@ def measured(
     **fields: Any,
 ) -> list[Outcome]:
     config = settings(directory, **fields)
-    subject = Subject(directory, config, torch.device("cpu"))
+    subject = load_subject(directory, config, torch.device("cpu"))
     ledger = Ledger(out / "eval", {}, ALONE, resume=resume, overwrite=not resume)
-    try:
-        return harness.measure_tasks(subject, asked, ledger, config, seed, samples)
-    finally:
-        ledger.close(finished=False)
+    return harness.measure_tasks(subject, asked, ledger, config, seed, samples)
 
 
 def swept(
@@ -104,11 +101,11 @@ def swept(
 ) -> dict[int, Any]:
     """By depth, what the harness logs of each item."""
     config = settings(directory, **fields)
-    subject = Subject(directory, config, torch.device("cpu"))
+    subject = load_subject(directory, config, torch.device("cpu"))
     sweep = Sweep(subject, Ledger(out / "sweep", {}, ALONE, overwrite=True), config, seed)
     (made,) = harness.load(task, config).values()
     results = harness.results_by_depth(sweep, task.name, made, config)
-    sweep.ledger.close(finished=True)
+    sweep.ledger.finish()
     return {depth: one["samples"][task.name] for depth, one in results.items()}
 
 
@@ -301,6 +298,7 @@ def test_a_task_is_described(looped: Path, tmp_path: Path, tasks: dict[str, Harn
         "num_fewshot": 0,
         "suite": None,
         "truncated": 0,
+        "samples": 1,
     }
     assert list(arc.scores) == ["acc_norm", "acc"]
     assert list(texts.scores) == ["exact_match", "exact_match,strict-match"]
@@ -355,8 +353,8 @@ def test_tokens_through_the_model_are_counted(
         for row in map(json.loads, (MADE_UP / "piqa/validation.jsonl").read_text().splitlines())
         for option in ("sol1", "sol2")
     ]
-    assert outcome.tokens_per_item == sum(lengths) / 4
-    assert outcome.seq_len == round(sum(lengths) / 8)
+    assert outcome.lengths[1].per_item == pytest.approx(sum(lengths) / 4)
+    assert outcome.lengths[1].read == pytest.approx(sum(lengths) / 8)
 
 
 def test_each_text_ends_at_its_own_stop(
@@ -364,12 +362,12 @@ def test_each_text_ends_at_its_own_stop(
 ) -> None:
     """Left to the harness, all rows of a batch would run until they have met the same stop."""
     config = settings(parent, batch_size=4)
-    subject = Subject(parent, config, torch.device("cpu"))
+    subject = load_subject(parent, config, torch.device("cpu"))
     sweep = Sweep(subject, Ledger(tmp_path / "one", {}, ALONE), config, 0)
     (made,) = harness.load(tasks["gsm8k_paper"], config).values()
     harness.results_by_depth(sweep, "texts", made, config)
-    sweep.ledger.close(finished=True)
-    new = [length - (256 - 24) for length in sweep.lengths]
+    sweep.ledger.finish()
+    new = [written for _, _, written in sweep.lengths]
     assert len(set(new)) > 1
     assert max(new) <= 24
     # A token of a byte-level tokenizer is a character at the most, and a stop has two.
@@ -387,8 +385,8 @@ def test_a_group_is_its_tasks_and_all_their_items_together(
     )  # fmt: skip
     values = [value for one in parts for value in one.items["values"]["1"]]
     assert whole.items["values"]["1"] == values
-    assert whole.tokens_per_item == pytest.approx(
-        sum(one.tokens_per_item * one.described["items"] for one in parts) / 8
+    assert whole.lengths[1].per_item == pytest.approx(
+        sum(one.lengths[1].per_item * one.described["items"] for one in parts) / 8
     )
     assert whole.scores["math_verify"][1].value == sum(whole.items["values"]["1"]) / 8
 
@@ -400,7 +398,12 @@ def test_the_most_frequent_answer_counts(tasks: dict[str, HarnessTask]) -> None:
     (made,) = harness.load(tasks["gsm8k_paper"], settings(Path())).values()
     made = voting(made, 3, 0.7)
     assert made.config.repeats == 3
-    assert made.config.generation_kwargs == SHORT | {"do_sample": True, "temperature": 0.7}
+    assert made.config.generation_kwargs == SHORT | {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
     made.set_fewshot_seed(0)
     made.build_all_requests(limit=1)
     (instance,) = made.instances
@@ -424,11 +427,11 @@ def test_samples_differ_among_themselves_and_by_seed_and_never_by_chance(
 ) -> None:
     def drawn(seed: int) -> list[str]:
         config = settings(parent)
-        subject = Subject(parent, config, torch.device("cpu"))
+        subject = load_subject(parent, config, torch.device("cpu"))
         sweep = Sweep(subject, Ledger(tmp_path / "one", {}, ALONE, overwrite=True), config, seed)
         (made,) = harness.load(tasks["gsm8k_paper"], config).values()
         harness.results_by_depth(sweep, "texts", voting(made, 3, 1.0), config)
-        sweep.ledger.close(finished=True)
+        sweep.ledger.finish()
         return list(sweep.texts.values())
 
     one = drawn(0)

@@ -60,10 +60,23 @@ def test_a_named_directory_is_taken(runs: Path) -> None:
     assert found(runs / "run", f"static={runs / 'far'}")[1] == ("static", "far")
 
 
-def test_the_only_twin_is_taken_whatever_it_was_trained_on(runs: Path) -> None:
+def test_a_twin_of_other_data_is_taken_only_where_it_is_named(runs: Path) -> None:
     for name in ("near", "far"):
         (runs / name / "final" / "run.json").unlink()
-    assert found(runs / "run", "static")[1] == ("static", "other-data")
+    with pytest.raises(UserError, match=r"no static twin .*\(other-data saw other data\)"):
+        found(runs / "run", "static")
+    assert found(runs / "run", f"static={runs / 'other-data'}")[1] == ("static", "other-data")
+
+
+def test_a_twin_is_not_compared_with_itself(runs: Path) -> None:
+    assert found(runs / "near", "static")[1] == ("static", "far")
+
+
+def test_an_unfinished_run_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"kind": "run"}')
+    with pytest.raises(UserError, match=r"is not finished: go on with rondo train .* --resume"):
+        locate(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,6 @@ def test_settings_count_as_they_are_written(tmp_path: Path) -> None:
 def test_results_of_other_processes_are_taken_over(tmp_path: Path) -> None:
     one = ledger(tmp_path)
     run(one)
-    one.close(finished=False)
     first = tmp_path / "eval.unfinished" / "rank-0.jsonl"
     first.rename(first.with_name("rank-3.jsonl"))
     calls: list[Any] = []
@@ -111,7 +110,7 @@ def test_results_of_other_processes_are_taken_over(tmp_path: Path) -> None:
 def test_nothing_is_left_when_it_is_finished(tmp_path: Path) -> None:
     one = ledger(tmp_path)
     run(one)
-    one.close(finished=True)
+    one.finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,3 +119,24 @@ def test_results_are_what_a_resumed_run_would_read(tmp_path: Path) -> None:
     (path,) = (tmp_path / "eval.unfinished").glob("rank-*.jsonl")
     assert found[0] == {"a": [1, 0.1 + 0.2]}
     assert json.loads(path.read_text())["value"] == found[0]
+
+
+def test_a_ledger_with_nothing_in_it_is_left_without_a_trace(tmp_path: Path) -> None:
+    ledger(tmp_path).leave_if_empty()
+    assert list(tmp_path.iterdir()) == []
+    run(ledger(tmp_path))
+    ledger(tmp_path, resume=True).leave_if_empty()
+    assert (tmp_path / "eval.unfinished").is_dir()
+
+
+def test_a_resume_of_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger(tmp_path, resume=True)
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_work_is_told_as_it_is(tmp_path: Path) -> None:
+    def work(batch: list[int]) -> int:
+        raise UserError("too long")
+
+    with pytest.raises(UserError, match="too long"):
+        run(ledger(tmp_path), work)

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from synthetic import make_result
+from synthetic import make_result, published
 
 from rondo.evaluation.comparisons import Finding, Json, measure, paired_bootstrap
 from rondo.evaluation.measures import depth_measures, knees, wilson
@@ -209,12 +209,6 @@ def test_statistics_load_without_torch() -> None:
     modules = "rondo.verdict, rondo.evaluation.fits, rondo.evaluation.controls"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def published(result: Json) -> Json:
-    """Leave what stands in a paper: values with standard errors, and no items."""
-    tasks = {name: {**facts, "sha256": None} for name, facts in result["tasks"].items()}
-    return {**result, "tasks": tasks, "items": {}}
 
 
 def test_published_values_have_the_interval_of_independent_samples() -> None:

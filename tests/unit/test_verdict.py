@@ -2,7 +2,7 @@ import math
 import re
 
 import pytest
-from synthetic import make_result
+from synthetic import make_result, published
 
 from rondo.evaluation.comparisons import Json, paired_bootstrap
 from rondo.verdict import caveats, claims_gain, headline, judge, subject, verdict
@@ -216,12 +216,6 @@ def test_subject_is_the_trained_loop_then_any_loop_then_the_first() -> None:
     assert subject([parent, before, after]) is after
     assert subject([parent, before]) is before
     assert subject([static, parent]) is static
-
-
-def published(result: Json) -> Json:
-    """Leave what stands in a paper: values with standard errors, and no items."""
-    tasks = {name: {**facts, "sha256": None} for name, facts in result["tasks"].items()}
-    return {**result, "tasks": tasks, "items": {}}
 
 
 def test_verdict_on_published_values_says_that_nothing_was_paired() -> None:

@@ -3,7 +3,7 @@
 Read in that order; `open_rows` in rows.py puts them together.
 """
 
-from rondo.data.documents import Documents, read_documents
+from rondo.data.documents import Documents, read_documents, text_of
 from rondo.data.mixture import read_phases
 from rondo.data.rows import Rows, TrainingRows, held_out_rows, open_rows
 from rondo.data.sources import SAMPLES, parse_source, records
@@ -38,5 +38,6 @@ __all__ = [
     "read_phases",
     "records",
     "separator_of",
+    "text_of",
     "tokenise",
 ]

@@ -18,14 +18,14 @@ class Wanted:
     """A model to measure.
 
     Attributes:
-        role: recurrent, parent, static, random, self-consistency; None to read it off.
+        role: parent, static, random or self-consistency; None for the model asked about.
         directory: Where it lies.
-        label: Its name in the report, or None for the role's.
+        name: What it was called: a directory, or an id of the hub.
     """
 
     role: str | None
     directory: Path
-    label: str | None = None
+    name: str
 
 
 def wanted_models(config: EvalConfig) -> list[Wanted]:
@@ -35,7 +35,7 @@ def wanted_models(config: EvalConfig) -> list[Wanted]:
         UserError: One of them cannot be found.
     """
     directory = locate(config.model)
-    found = [Wanted(None, directory, config.label)]
+    found = [Wanted(None, directory, config.model)]
     facts = facts_of(directory)
     for spec in config.against:
         role, _, where = spec.partition("=")
@@ -44,11 +44,13 @@ def wanted_models(config: EvalConfig) -> list[Wanted]:
                 f"--against {spec}: give {', '.join(ROLES)}, or one of them as ROLE=DIR"
             )
         if where:
-            found.append(Wanted(role, locate(where)))
+            found.append(Wanted(role, locate(where), where))
         elif role in ("parent", "self-consistency"):
-            found.append(Wanted(role, _parent_of(config.model, facts, role)))
+            place = _parent_of(config.model, facts, role)
+            found.append(Wanted(role, place, facts["parent"].get("name", str(place))))
         else:
-            found.append(Wanted(role, _twin_of(directory, facts, role)))
+            place = _twin_of(directory, facts, role)
+            found.append(Wanted(role, place, str(place)))
     return found
 
 
@@ -62,15 +64,17 @@ def locate(name: str) -> Path:
     if (directory / "final" / "config.json").is_file() and not (directory / "config.json").exists():
         return directory / "final"
     if directory.is_dir():
+        if facts_of(directory).get("kind") == "run":
+            raise UserError(f"{name} is not finished: go on with rondo train {name} --resume")
         return directory
     if directory.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UserError(f"there is no directory {name}")
     return fetch(name, None)
 
 
-def name_of(directory: Path) -> str:
+def name_of(model: str) -> str:
     """Return what a model is called: the run's name, for the final of a run."""
-    directory = directory.resolve()
+    directory = Path(model).resolve()
     return directory.parent.name if directory.name == "final" else directory.name
 
 
@@ -103,21 +107,24 @@ def _twin_of(directory: Path, facts: dict[str, Any], mode: str) -> Path:
     """Return the twin beside a run: of the same parent, on the same data, nearest in FLOPs."""
     runs = directory.resolve().parent.parent
     ours = facts.get("training") or {}
-    found = []
+    found, others = [], []
     for path in sorted(runs.glob("*/final/run.json")):
         theirs = facts_of(path.parent)
         training = theirs.get("training") or {}
-        if training.get("mode") != mode or _hash(theirs) != _hash(facts):
+        itself = path.parent == directory.resolve()
+        if itself or training.get("mode") != mode or _hash(theirs) != _hash(facts):
             continue
-        other_data = training.get("data_sha256") != ours.get("data_sha256")
-        gap = abs(training.get("flops", 0) - ours.get("flops", 0))
-        found.append((other_data, gap, path.parent))
+        if training.get("data_sha256") != ours.get("data_sha256"):
+            others.append(path.parent.parent.name)
+            continue
+        found.append((abs(training.get("flops", 0) - ours.get("flops", 0)), path.parent))
     if not found:
+        unlike = f" ({', '.join(others)} saw other data)" if others else ""
         raise UserError(
-            f"no {mode} twin of {directory} lies beside it in {runs}: train one with rondo train "
-            f"--mode {mode} --budget.like RUN, or say where it is as {mode}=DIR"
+            f"no {mode} twin of {directory} lies beside it in {runs}{unlike}: train one with rondo "
+            f"train --mode {mode} --budget.like RUN, or say where it is as {mode}=DIR"
         )
-    return min(found)[2]
+    return min(found)[1]
 
 
 def _hash(facts: dict[str, Any]) -> Any:

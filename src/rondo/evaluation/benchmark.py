@@ -8,7 +8,6 @@ to all of them. A warm-up round is thrown away.
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -27,7 +26,15 @@ from rondo.evaluation.baselines import facts_of, locate, name_of
 from rondo.flops import Costs, costs_of, costs_of_parent
 from rondo.generation import load_recurrent
 from rondo.loading import load_model, parent_directory
-from rondo.provenance import claim_directory, hardware, read_json, record, staged, write_json
+from rondo.provenance import (
+    claim_directory,
+    hardware,
+    peak_memory,
+    read_json,
+    record,
+    staged,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 COLUMNS = (
@@ -322,18 +329,12 @@ def benchmark(config: BenchConfig, directory: Path) -> Json:
             "new_tokens": config.new_tokens,
             "repeats": config.repeats,
             "seed": config.seed,
-            "peak_memory_bytes": _resident_bytes(),
+            "peak_memory_bytes": peak_memory(torch.device("cpu")),
             "versions": run["versions"],
             "git": run["git"],
         },
         "rows": with_ratios(rows),
     }
-
-
-def _resident_bytes() -> int:
-    """Return the most memory that this whole process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def table(rows: Sequence[Json], with_ranges: bool) -> list[list[str]]:
@@ -398,7 +399,7 @@ def run(config: BenchConfig) -> None:
         UserError: The model cannot be loaded, a setting is not for it, or the output exists.
     """
     directory = locate(config.model)
-    output_dir = config.output_dir or f"out/bench-{name_of(directory)}"
+    output_dir = config.output_dir or f"out/bench-{name_of(config.model)}"
     claim_directory(output_dir, config.overwrite, spare=str(directory))
     results = benchmark(config, directory)
     with staged(output_dir) as partial:

@@ -4,49 +4,48 @@ Each model runs to its deepest r once, and everything at the depths on the way b
 pass. What is measured is kept as it comes (`ledger`), and written as a whole at the end.
 """
 
+import gc
 import json
-import resource
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from rondo import processes
 from rondo.config import EvalConfig
+from rondo.data import load_tokenizer
 from rondo.errors import UserError
 from rondo.evaluation import baselines
 from rondo.evaluation.baselines import Wanted
 from rondo.evaluation.ledger import Ledger
 from rondo.evaluation.outcome import Json, Outcome, mean_of_seeds
+from rondo.evaluation.results import FORMAT_VERSION, conditions, model_facts, rows_of, told_apart
 from rondo.evaluation.states import trace_states
-from rondo.evaluation.subject import Subject, depths_of
+from rondo.evaluation.subject import Subject, depths_of, load_subject
 from rondo.evaluation.tasks import TaskPlan, TextTask, plan_tasks
-from rondo.evaluation.texts import Text, bits_per_byte, first_tokens, measure_text, read_text
-from rondo.flops import costs_of
+from rondo.evaluation.texts import Text, first_tokens, measure_text, read_text
+from rondo.flops import Costs, costs_of
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.processes import World
 from rondo.provenance import (
+    choose_dtype,
     claim_directory,
-    hardware,
+    peak_memory,
     read_json,
     record,
     staged,
     write_json,
 )
 
-FORMAT_VERSION = 2
-LABELS = {
-    ("recurrent", "before"): "recurrent, untrained",
-    ("recurrent", "after"): "recurrent, trained",
-    ("static", "after"): "static twin",
-    ("random", "after"): "random-init twin",
-    ("parent", "before"): "parent",
-}
 # Settings that decide where and how, not what is measured.
-_ELSEWHERE = {"output_dir", "resume", "overwrite", "label", "stage"}
+_ELSEWHERE = {"output_dir", "resume", "overwrite", "label", "stage", "batch_size", "device"}
+# Processes meet at the end of a task, and one may have much more of it to do than another.
+_PATIENCE_MINUTES = 24 * 60.0
 
 
 def run(config: EvalConfig) -> None:
@@ -57,9 +56,14 @@ def run(config: EvalConfig) -> None:
             exists.
         KeyboardInterrupt: It was stopped; --resume goes on.
     """
-    world = processes.join(config.device)
+    world = processes.join(config.device, _PATIENCE_MINUTES)
     try:
         _run(config, world)
+    except UserError:
+        if world.first:
+            raise
+        # One sentence is enough of all processes.
+        raise SystemExit(2) from None
     finally:
         processes.leave(world)
 
@@ -67,20 +71,32 @@ def run(config: EvalConfig) -> None:
 def _run(config: EvalConfig, world: World) -> None:
     plan = plan_tasks(config)
     models = baselines.wanted_models(config)
-    output_dir = Path(config.output_dir or f"out/eval-{baselines.name_of(models[0].directory)}")
+    output_dir = Path(config.output_dir or f"out/eval-{baselines.name_of(config.model)}")
     check(config, plan, models, output_dir)
-    settings = config.model_dump(mode="json", exclude=_ELSEWHERE)
-    settings |= {"models": [_weights(model.directory) for model in models]}
+    # The choice may differ from one process, model or day to the next, and must not.
+    dtype = str(choose_dtype(config.dtype, world.device)).removeprefix("torch.")
+    settled = config.model_copy(update={"dtype": processes.gather(world, dtype)[0]})
+    settings = settled.model_dump(mode="json", exclude=_ELSEWHERE)
+    settings |= {"device": world.device.type, "models": [_files(one.directory) for one in models]}
     ledger = Ledger(output_dir, settings, world, config.resume, config.overwrite)
     try:
-        found = [measure(model, models[0], plan, ledger, config) for model in models]
+        found = [measure(one, models[0], plan, ledger, settled) for one in models]
     except KeyboardInterrupt:
         if world.first:
             print(f"\nkept in {ledger.directory}: the same command with --resume goes on from here")
         raise
+    except UserError:
+        ledger.leave_if_empty()
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of the device is too small for --batch-size {config.batch_size}: give a "
+            "smaller one with --resume, which goes on with what is done"
+        ) from error
+    told_apart(found)
     if world.first:
         write(config, output_dir, found)
-    ledger.close(finished=True)
+    ledger.finish()
 
 
 def check(config: EvalConfig, plan: TaskPlan, models: Sequence[Wanted], output_dir: Path) -> None:
@@ -89,27 +105,38 @@ def check(config: EvalConfig, plan: TaskPlan, models: Sequence[Wanted], output_d
     Raises:
         UserError: Something is.
     """
+    if config.resume and not config.overwrite and (output_dir / "results.json").is_file():
+        raise UserError(
+            f"{output_dir} is finished: there is nothing to resume; to redo it, leave --resume and "
+            "add --overwrite"
+        )
     for model in models:
-        claim_directory(str(output_dir), config.overwrite or config.resume, str(model.directory))
+        claim_directory(str(output_dir), config.overwrite, str(model.directory))
         fields = read_json(model.directory / "config.json")
         role = baselines.role_of(model.directory, fields)
         if model.role and model.role.replace("self-consistency", "parent") != role:
-            raise UserError(f"{model.directory} cannot be the {model.role}: it is {role}")
+            raise UserError(
+                f"{model.name} cannot stand for {model.role}: by its run.json and config.json it "
+                f"is {role}"
+            )
         if fields.get("model_type") == "rondo":
-            depths_of(fields, config)
-    if config.resume and (output_dir / "results.json").is_file():
-        raise UserError(f"{output_dir} is finished: leave --resume, or add --overwrite to redo it")
-    drawn = [model for model in models if model.role == "self-consistency"]
-    if drawn and not any(task.generates for task in plan.harness):
-        raise UserError(
-            "--against self-consistency draws several answers of a task whose answers are "
-            "generated, and there is none among the tasks: add one (gsm8k), or leave it"
-        )
+            depths_of(model.directory, fields, config)
+        if config.apply_chat_template and plan.harness:
+            tokenizer: Any = load_tokenizer(model.directory)
+            if tokenizer.chat_template is None:
+                raise UserError(f"{model.name} has no chat template: leave --apply-chat-template")
+    if any(model.role == "self-consistency" for model in models):
+        if not any(task.generates for task in plan.harness):
+            raise UserError(
+                "--against self-consistency draws several answers of a task whose answers are "
+                "generated, and there is none among the tasks: add one (gsm8k), or leave it"
+            )
+        draws(models[0], config)
 
 
-def _weights(directory: Path) -> list[Any]:
-    """Tell weights apart by what is quick to see."""
-    files = sorted(directory.glob("*.safetensors"))
+def _files(directory: Path) -> list[Any]:
+    """Tell checkpoints apart by what is quick to see."""
+    files = sorted(path for kind in ("safetensors", "json") for path in directory.glob(f"*.{kind}"))
     return [str(directory), [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
 
 
@@ -122,46 +149,42 @@ def measure(
     Returns:
         Its result, as in results.json, and its lines of samples.jsonl.
     """
-    subject = Subject(wanted.directory, config, ledger.world.device)
-    samples = 1
-    if wanted.role == "self-consistency":
-        samples = draws(subject, first, config)
+    gc.collect()
+    if ledger.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    subject = load_subject(wanted.directory, config, ledger.world.device)
+    samples = draws(first, config, subject.costs) if wanted.role == "self-consistency" else 1
     facts = model_facts(subject, wanted, config, samples)
     outcomes: list[Outcome] = []
+    seeds = config.seeds if subject.starts_from_noise else config.seeds[:1]
     states = None
     if samples == 1:
-        seeds = config.seeds if subject.starts_from_noise else config.seeds[:1]
-        for task in plan.texts:
-            found = [measure_text(subject, task, ledger, config, seed) for seed in seeds]
+        # A text that cannot be read is found before any is measured.
+        texts = [read_text(task, subject, config) for task in plan.texts]
+        for task, text in zip(plan.texts, texts, strict=True):
+            found = [measure_text(subject, task, text, ledger, config, seed) for seed in seeds]
             outcomes.append(mean_of_seeds(found))
-        states = trace(subject, plan.texts, ledger, config)
-    outcomes += measure_with_harness(subject, plan, ledger, config, samples)
+            tell(ledger.world, facts["label"], outcomes[-1:])
+        states = trace(subject, plan.texts, texts, ledger, config)
+    for one in measure_with_harness(subject, plan, ledger, config, samples):
+        tell(ledger.world, facts["label"], one)
+        outcomes += one
+    most = max(len(v) for o in outcomes for one in o.seed_values.values() for v in one.values())
     milliseconds = ledger.run(
         "timing",
-        [subject.directory],
+        [str(subject.directory)],
         str,
         lambda _: {str(r): ms for r, ms in subject.milliseconds_per_token().items()},
     )[0][0]
-    run = record(config)
-    rows = [row for one in outcomes for row in rows_of(one, subject, milliseconds, samples)]
+    # A process has one peak, which is that of the first model; a GPU tells them apart.
+    known = wanted is first or subject.device.type == "cuda"
+    memory = peak_memory(subject.device) if known else None
     result = {
         "model": facts,
-        "conditions": {
-            "command": run["command"],
-            "date": run["date"],
-            "device": hardware(subject.device.type),
-            "dtype": str(subject.dtype).removeprefix("torch."),
-            "seq_len": config.seq_len,
-            "batch_size": config.batch_size,
-            "limit": config.limit,
-            "num_processes": ledger.world.size,
-            "seeds": list(config.seeds),
-            "peak_memory_bytes": peak_memory(subject.device),
-            "versions": run["versions"],
-            "git": run["git"],
-        },
+        "conditions": conditions(subject, config, ledger, config.seeds[:most], memory),
         "tasks": {one.name: one.described for one in outcomes},
-        "rows": rows,
+        "rows": [row for one in outcomes for row in rows_of(one, subject, milliseconds)],
         "items": {one.name: one.items for one in outcomes},
         "states": states,
     }
@@ -170,127 +193,85 @@ def measure(
 
 def measure_with_harness(
     subject: Subject, plan: TaskPlan, ledger: Ledger, config: EvalConfig, samples: int
-) -> list[Outcome]:
+) -> Iterator[list[Outcome]]:
     """Measure the tasks of lm-evaluation-harness; of several samples, those that generate."""
     tasks = [task for task in plan.harness if samples == 1 or task.generates]
     if not tasks:
-        return []
+        return
     # The harness takes seconds to import.
     from rondo.evaluation.harness import measure_tasks
 
-    seeds = config.seeds if samples > 1 or subject.starts_from_noise else config.seeds[:1]
-    by_seed = [measure_tasks(subject, tasks, ledger, config, seed, samples) for seed in seeds]
-    return [mean_of_seeds(ones) for ones in zip(*by_seed, strict=True)]
+    for task in tasks:
+        random = samples > 1 or task.sampled or subject.starts_from_noise
+        seeds = config.seeds if random else config.seeds[:1]
+        by_seed = [measure_tasks(subject, [task], ledger, config, seed, samples) for seed in seeds]
+        yield [mean_of_seeds(ones) for ones in zip(*by_seed, strict=True)]
 
 
-def draws(parent: Subject, first: Wanted, config: EvalConfig) -> int:
-    """Return how many answers of the parent cost what one at the deepest r does."""
+def tell(world: World, label: str, outcomes: Sequence[Outcome]) -> None:
+    """Say what has just been measured: a long evaluation is not silent where there is no bar."""
+    for one in outcomes if world.first else ():
+        metric = one.described["metric"]
+        values = ", ".join(
+            f"{'-' if score.value is None else format(score.value, '.4f')} at r = {depth}"
+            for depth, score in one.scores[metric].items()
+        )
+        tqdm.write(f"{label}: {one.name} {metric} {values} ({one.seconds:.0f} s)", file=sys.stderr)
+
+
+def draws(first: Wanted, config: EvalConfig, parent: Costs | None = None) -> int:
+    """Return how many answers of the parent cost what one at the deepest r does.
+
+    Args:
+        first: The model asked about.
+        config: Its depths.
+        parent: Costs of the parent; those of all stored layers once unless given.
+
+    Raises:
+        UserError: The model asked about has no loop, or its deepest r costs less than two.
+    """
     settings: Any = AutoConfig.from_pretrained(first.directory)
+    if settings.model_type != "rondo":
+        raise UserError(
+            f"--against self-consistency needs a model with a loop, and {first.name} has none"
+        )
     with torch.device("meta"):
         costs = costs_of(RecurrentForCausalLM(settings))
-    deepest = depths_of(settings.to_dict(), config)[-1]
-    ours, theirs = costs.forward_flops(deepest, 1), parent.costs.forward_flops(1, 1)
-    return max(2, round(ours / theirs))
+    deepest = depths_of(first.directory, settings.to_dict(), config)[-1]
+    ratio = costs.forward_flops(deepest, 1) / (parent or costs).forward_flops(1, 1)
+    if round(ratio) < 2:
+        raise UserError(
+            f"--against self-consistency: r = {deepest} costs {ratio:.2f} times the parent, which "
+            "buys no second answer: measure deeper, or leave it"
+        )
+    return round(ratio)
 
 
 def trace(
-    subject: Subject, texts: Sequence[TextTask], ledger: Ledger, config: EvalConfig
+    subject: Subject,
+    tasks: Sequence[TextTask],
+    texts: Sequence[Text],
+    ledger: Ledger,
+    config: EvalConfig,
 ) -> Json | None:
     """Follow the state of the loop through its iterations, on the beginnings of a text."""
     if not subject.recurrent or not config.trace_tokens:
         return None
-    task = texts[0] if texts else TextTask("math-test", "math-test")
-    text: Text = read_text(task, subject, config)
-    token_lists = first_tokens([text], config.trace_tokens)
+    if not tasks:
+        tasks = [TextTask("math-test", "math-test")]
+        short = config.model_copy(update={"seq_len": min(config.seq_len, subject.max_length)})
+        texts = [read_text(tasks[0], subject, short)]
+    token_lists = first_tokens(texts[:1], config.trace_tokens)
 
     def work(ids: list[list[int]]) -> Json:
         deepest = subject.recurrences[-1]
         seed, size = config.seeds[0], config.batch_size
-        return {"text": task.name, **trace_states(subject.model, ids, deepest, seed, size)}
+        return {"text": tasks[0].name, **trace_states(subject.model, ids, deepest, seed, size)}
 
     def key(ids: list[list[int]]) -> Any:
         return [str(subject.directory), ids]
 
     return ledger.run("states", [token_lists], key, work)[0][0]
-
-
-def rows_of(
-    outcome: Outcome, subject: Subject, milliseconds: dict[str, float], samples: int
-) -> list[Json]:
-    """Return one row per metric and depth, each beside its costs."""
-    bytes_per_value = torch.empty(0, dtype=subject.dtype).element_size()
-    flops = {r: subject.costs.forward_flops(r, outcome.seq_len) for r in subject.recurrences}
-    rows = []
-    for metric, scores in outcome.scores.items():
-        for depth, score in scores.items():
-            row = {
-                "task": outcome.name,
-                "metric": metric,
-                "num_recurrences": depth,
-                "value": score.value,
-                "stderr": score.stderr,
-                "seed_values": outcome.seed_values[metric][depth],
-                "flops_per_token": flops[depth] * samples,
-                "kv_bytes_per_token": subject.costs.kv_bytes(depth, bytes_per_value),
-                "ms_per_token": milliseconds[str(depth)] * samples,
-                # A depth's share of the pass over all, by what it would have executed alone.
-                "seconds": outcome.seconds * min(1.0, flops[depth] / flops[max(flops)]),
-                "tokens_per_item": outcome.tokens_per_item,
-                "samples": samples,
-            }
-            if metric == "loss":
-                row["bits_per_byte"] = bits_per_byte(score.value, outcome.described)
-            rows.append(row)
-    return rows
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were in use: on a GPU by tensors, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def model_facts(subject: Subject, wanted: Wanted, config: EvalConfig, samples: int) -> Json:
-    """Return what a report says about the model, read off its run.json."""
-    facts, training = subject.facts, subject.facts.get("training")
-    role = baselines.role_of(wanted.directory, {"model_type": subject.model.config.model_type})
-    stage = "after" if training or facts.get("imported") else "before"
-    label = LABELS.get((role, stage), f"{role}, {stage} training")
-    if samples > 1:
-        role, label = "self-consistency", f"parent, self-consistency of {samples}"
-    settings = subject.model.config if subject.recurrent else None
-    split = None
-    if settings:
-        core = settings.num_prelude_layers
-        coda, layers = core + settings.num_core_layers, settings.source_layers
-        split = {"prelude": layers[:core], "core": layers[core:coda], "coda": layers[coda:]}
-    main = wanted.role is None
-    return {
-        "path": str(wanted.directory),
-        "label": wanted.label or label,
-        "role": role,
-        "stage": (config.stage if main else None) or stage,
-        "parent": Path(facts.get("parent", {}).get("name") or wanted.directory).name,
-        "parameters": subject.costs.total_parameters,
-        "split": split,
-        "injection": settings.injection if settings else None,
-        "state_init": settings.state_init if settings else None,
-        "max_recurrences": settings.max_recurrences if settings else None,
-        "trained_recurrence": trained_recurrence(subject),
-        "training": training,
-        "curve": baselines.training_curve(wanted.directory) if training else [],
-        "history": facts.get("history", [facts["command"]] if "command" in facts else []),
-    }
-
-
-def trained_recurrence(subject: Subject) -> float | None:
-    """Return the mean depth that the loop was trained at, if it was."""
-    if not subject.recurrent:
-        return None
-    if "training" in subject.facts:
-        return float(subject.facts["config"]["recurrence"]["mean"])
-    return float(subject.model.config.num_recurrences) if subject.facts.get("imported") else None
 
 
 def write(config: EvalConfig, output_dir: Path, found: Sequence[tuple[Json, list[Json]]]) -> None:
@@ -305,7 +286,8 @@ def write(config: EvalConfig, output_dir: Path, found: Sequence[tuple[Json, list
     for result in results:
         print(f"\n{result['model']['label']} ({result['model']['path']})")
         print(
-            "  task                metric            r      value    stderr   FLOPs/token  ms/token"
+            f"  {'task':<20}{'metric':<15}{'r':>4}{'value':>11}{'stderr':>10}"
+            f"{'FLOPs/token':>14}{'ms/token':>10}"
         )
         for row in result["rows"]:
             value, stderr = (

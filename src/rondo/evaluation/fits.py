@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rondo.evaluation.comparisons import (
+    LEAST,
     MIN_ITEMS,
     Array,
     Difference,
@@ -18,12 +19,15 @@ from rondo.evaluation.comparisons import (
     Json,
     Measured,
     compare,
+    difference,
     measure,
     resample,
     unknown,
 )
 
 _MIN_POINTS = 4
+# A law is refused where a point lies farther off than this many standard errors.
+_CLEARLY = 3.0
 _NUM_REFITS = 200
 _SEED = 0
 # An exponent at these bounds stands for (at best) a logarithm, or for a step at the first point.
@@ -59,6 +63,16 @@ class SaturatingFit:
         return self.limit + self.amplitude * x**-self.exponent
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Curves:
+    """The law fitted to many curves over the same points; all but `predicted` are by curve."""
+
+    limit: Array
+    amplitude: Array
+    exponent: Array
+    predicted: Array
+
+
 def depth_fit(result: Json, task: str) -> tuple[SaturatingFit | None, list[Finding]]:
     """Fit a task's value, in the metric's own unit, against recurrence; items are resampled."""
     name, measured = "depth law", measure(result, task)
@@ -68,25 +82,45 @@ def depth_fit(result: Json, task: str) -> tuple[SaturatingFit | None, list[Findi
             f"{len(measured.depths)} were measured."
         )
         return None, [unknown(name, sentence)]
-    if measured.errors is None and len(measured.weights) < MIN_ITEMS:
-        sentence = f"No law of depth on {task}: {len(measured.weights)} items are too few."
+    if measured.num_items < MIN_ITEMS:
+        sentence = f"No law of depth on {task}: {measured.num_items} items are too few."
         return None, [unknown(name, sentence)]
     own = measured.sign / measured.scale
     drawn = own * resample(measured, _NUM_REFITS)
     errors = drawn.std(0)
     weights = errors**-2 if errors.min() > 0 else np.ones(len(errors))
     x = np.array(measured.depths, dtype=float)
-    fit = _saturating(x, own * measured.scores, weights, drawn)
-    if fit is None:
-        sentence = (
-            f"No law of depth on {task}: the curve is flat within its errors, or goes on without "
-            "bending."
-        )
-        return None, [unknown(name, sentence)]
-    law, refits = fit
+    law, refits, doubt = _saturating(x, own * measured.scores, weights, drawn)
+    doubt = doubt or _turns(measured) or _misses(own * measured.scores, law, refits, drawn, x)
+    if doubt:
+        return None, [unknown(name, f"No law of depth on {task}: {doubt}.")]
     # The last depth and the limit are resampled together, so that how hard the items are cancels.
     left = measured.sign * measured.scale * (refits.limit - drawn[:, -1])
     return law, _depth_findings(law, left, measured)
+
+
+def _turns(measured: Measured) -> str:
+    """Say where a curve is known to turn, which no law of this kind does."""
+    best, last = measured.best, len(measured.depths) - 1
+    loss = difference(measured, best, measured, last, choices=last)
+    if loss.low <= 0 or loss.value < measured.least:
+        return ""
+    depths = measured.depths
+    return f"the curve turns, r = {depths[last]} being worse than r = {depths[best]}"
+
+
+def _misses(y: Array, law: SaturatingFit, refits: _Curves, drawn: Array, x: Array) -> str:
+    """Say where the law misses a point by more than resampling could move the two apart."""
+    off = np.abs(y - [law.predict(one) for one in x])
+    errors = (drawn - refits.predicted).std(0)
+    beyond = np.where(off > LEAST, off - _CLEARLY * errors, -1)
+    worst = int(beyond.argmax())
+    if beyond[worst] <= 0:
+        return ""
+    return (
+        f"the curve is of another shape, r = {x[worst]:g} lying more than {_CLEARLY:g} standard "
+        "errors off the best law"
+    )
 
 
 def training_fit(result: Json) -> tuple[SaturatingFit | None, list[Finding]]:
@@ -111,14 +145,10 @@ def training_fit(result: Json) -> tuple[SaturatingFit | None, list[Finding]]:
     block = max(2, round(len(flops) ** (1 / 3)))
     starts = rng.integers(len(flops), size=(_NUM_REFITS, math.ceil(len(flops) / block), 1))
     picks = (starts + np.arange(block)).reshape(_NUM_REFITS, -1)[:, : len(flops)] % len(flops)
-    fit = _saturating(flops, losses, weights, predicted + residuals[picks])
-    if fit is None:
-        sentence = (
-            f"No law of training for {model['label']}: the {what} is flat within its errors, or "
-            "goes on without bending."
-        )
+    law, _, doubt = _saturating(flops, losses, weights, predicted + residuals[picks])
+    if doubt:
+        sentence = f"No law of training for {model['label']}, {what}: {doubt}."
         return None, [unknown(name, sentence)]
-    law = fit[0]
     about = f"{model['label']}, {what} over {law.num_points} points"
     return law, [
         Finding(
@@ -167,7 +197,7 @@ def _finite(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, f
 
 
 def _depth_findings(fit: SaturatingFit, left: Array, measured: Measured) -> list[Finding]:
-    unit = measured.unit if measured.is_loss else "%"
+    unit = "%" if measured.is_share else measured.unit
     limit, low, high = (measured.scale * one for one in (fit.limit, fit.limit_low, fit.limit_high))
     last = measured.depths[-1]
     value = measured.sign * limit - float(measured.scores[-1])
@@ -204,28 +234,23 @@ def _quality(rmse: float, measured: Measured | None = None) -> str:
     return f"points lie {number} {measured.unit if measured else 'nats per token'} off the law"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Curves:
-    """The law fitted to many curves over the same points; all but `predicted` are by curve."""
-
-    limit: Array
-    amplitude: Array
-    exponent: Array
-    predicted: Array
-
-
 def _saturating(
     x: Array, y: Array, weights: Array, drawn: Array
-) -> tuple[SaturatingFit, _Curves] | None:
+) -> tuple[SaturatingFit, _Curves, str]:
     """Fit one curve, with intervals from refits of `drawn` (resample, point).
 
     Returns:
-        None where the curve is flat, or bends so little that no limit is in sight.
+        The law, the refits, and why the law is to be refused, or nothing.
     """
     one, many = _fit(x, y[None], weights), _fit(x, drawn, weights)
     drop = np.quantile(many.predicted[:, 0] - many.predicted[:, -1], [0.025, 0.975])
-    if drop[0] <= 0 <= drop[1] or one.exponent[0] < 1.01 * _EXPONENTS[0]:
-        return None
+    doubt = ""
+    if drop[0] <= 0 <= drop[1]:
+        doubt = "the curve is flat within its errors"
+    elif one.exponent[0] < 1.01 * _EXPONENTS[0]:
+        doubt = "the curve goes on without bending, and no limit is in sight"
+    elif one.exponent[0] > 0.99 * _EXPONENTS[1]:
+        doubt = "the curve is a step at its first point, which no exponent describes"
     limits, exponents = (np.quantile(a, [0.025, 0.975]) for a in (many.limit, many.exponent))
     law = SaturatingFit(
         limit=float(one.limit[0]),
@@ -238,7 +263,7 @@ def _saturating(
         rmse=float(np.sqrt(np.mean((y - one.predicted[0]) ** 2))),
         num_points=len(x),
     )
-    return law, many
+    return law, many, doubt
 
 
 def _fit(x: Array, y: Array, weights: Array) -> _Curves:
@@ -299,18 +324,21 @@ def recurrence_equivalence(results: Sequence[Json], task: str) -> Finding | None
     run once, in L = E + A * (N_once + r**phi * N_rec)**(-alpha), plus B * tokens**(-beta) where
     runs differ in tokens. Results know only all parameters together: each layer is taken to hold
     an equal share, the embedding's included, which counts the core somewhat too large. The interval
-    is that of the profile likelihood.
+    is that of the profile likelihood. Twins do not count, nor do runs of another parent than that
+    of the first: the law is of one family of weights, looped.
 
     Returns:
         None for anything but losses, and with too few runs to tell: at least five, one more than
         the law has constants, over two shapes and two depths.
     """
-    runs = [run for result in results if (run := _run(result, task))]
+    looped = [one for one in results if one["model"]["role"] == "recurrent"]
+    same = [one for one in looped if one["model"]["parent"] == looped[0]["model"]["parent"]]
+    runs = [run for result in same if (run := _run(result, task))]
     tokens = [run.tokens for run in runs]
     differ = bool(runs) and max(tokens) > min(tokens) * (1 + _SAME_TOKENS)
     constants = 6 if differ else 4
     shapes = {(run.once, run.looped) for run in runs}
-    depths = {run.depth for run in runs if run.looped}
+    depths = {run.depth for run in runs}
     if len(runs) < max(_MIN_RUNS, constants + 1) or len(shapes) < 2 or len(depths) < 2:
         return None
     errors = np.array([_law_error(runs, phi, differ) for phi in _PHIS.tolist()])

@@ -8,6 +8,7 @@ numbers, and so do an evaluation that was stopped and one that was not.
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ class Ledger:
                 mistake = str(error)
         if mistake := processes.gather(world, mistake)[0]:
             raise UserError(mistake)
+        # On machines that share no disk each has its own; they still share the work.
+        self.directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.directory.glob("rank-*.jsonl")):
             self._read(path)
         processes.barrier(world)
@@ -69,6 +72,8 @@ class Ledger:
         path = self.directory / "run.json"
         if overwrite and not resume:
             shutil.rmtree(self.directory, ignore_errors=True)
+        if resume and not path.is_file():
+            print(f"there is nothing in {self.directory} to go on with: beginning", file=sys.stderr)
         if path.is_file():
             if not resume:
                 raise UserError(
@@ -102,7 +107,6 @@ class Ledger:
         batches: Sequence[T],
         key: Callable[[T], Any],
         work: Callable[[T], Any],
-        unit: str = "batch",
     ) -> tuple[list[Any], float]:
         """Do each batch that is not done yet, and return all results in order on every process.
 
@@ -111,42 +115,53 @@ class Ledger:
             batches: The whole work.
             key: What a batch's result depends on beside the settings, fit for JSON.
             work: Does one batch; the result must be fit for JSON.
-            unit: What the bar counts.
 
         Returns:
             The results, and the seconds that the work took, summed over processes.
+
+        Raises:
+            UserError: One of the processes met a mistake in its work.
         """
         keys = [_key(title, key(batch)) for batch in batches]
-        own = range(self.world.rank, len(batches), self.world.size)
-        left = [index for index in own if keys[index] not in self._done]
-        done = len(own) - len(left)
-        quiet = None if self.world.first else True
-        for index in tqdm(
-            left, title, total=len(own), initial=done, unit=unit, disable=quiet, leave=False
-        ):
-            if keys[index] in self._done:
-                continue  # the same content has come before
-            start = time.perf_counter()
-            value = work(batches[index])
-            seconds = time.perf_counter() - start
-            line = json.dumps({"key": keys[index], "seconds": seconds, "value": value})
-            self._append(line)
-            # As it will be read back, so that a resumed evaluation differs in nothing.
-            self._done[keys[index]] = seconds, json.loads(line)["value"]
-        mine = {key: self._done[key] for key in keys if key in self._done}
-        for theirs in processes.gather(self.world, mine):
+        # The same content may come again; and processes may have done unlike parts before a stop.
+        batch_of = dict(zip(reversed(keys), reversed(batches), strict=True))
+        known = set().union(*processes.gather(self.world, batch_of.keys() & self._done.keys()))
+        left = [one for one in dict.fromkeys(keys) if one not in known]
+        own = left[self.world.rank :: self.world.size]
+        quiet, mistake = None if self.world.first else True, None
+        bar = tqdm(own, title, unit="batch", disable=quiet, leave=False)
+        try:
+            for one in bar:
+                start = time.perf_counter()
+                value = work(batch_of[one])
+                seconds = time.perf_counter() - start
+                line = json.dumps({"key": one, "seconds": seconds, "value": value})
+                self._append(line)
+                # As it will be read back, so that a resumed evaluation differs in nothing.
+                self._done[one] = seconds, json.loads(line)["value"]
+        except UserError as error:
+            mistake = str(error)
+        mine = {one: self._done[one] for one in batch_of if one in self._done}
+        for theirs, told in processes.gather(self.world, (mine, mistake)):
+            if told:
+                raise UserError(told)
             self._done.update(theirs)
-        return [self._done[key][1] for key in keys], sum(self._done[key][0] for key in keys)
+        return [self._done[one][1] for one in keys], sum(self._done[one][0] for one in keys)
+
+    def finish(self) -> None:
+        """Remove the ledger, once its results are written elsewhere on all processes."""
+        processes.barrier(self.world)
+        if self.world.first:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def leave_if_empty(self) -> None:
+        """Remove a ledger that nothing is lost with."""
+        if self.world.first and not any(self.directory.glob("rank-*.jsonl")):
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _append(self, line: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-    def close(self, finished: bool) -> None:
-        """Wait for all processes, and remove the ledger if its results are written elsewhere."""
-        processes.barrier(self.world)
-        if finished and self.world.first:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _key(title: str, content: Any) -> str:

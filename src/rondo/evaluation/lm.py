@@ -134,8 +134,8 @@ class Sweep(HFLM):
     def begin(self, title: str) -> None:
         """Forget what is remembered, to measure another task."""
         self.title, self.depth, self.seconds = title, 0, 0.0
-        # Tokens through the model, of each sequence.
-        self.lengths: list[int] = []
+        # Of each sequence its depth, where it has one of its own, tokens read, tokens generated.
+        self.lengths: list[tuple[int | None, int, int]] = []
         # Sequences that lost their beginning.
         self.cut = 0
         self.pairs: dict[tuple[str, str], Any] = {}
@@ -160,7 +160,7 @@ class Sweep(HFLM):
             found = self._run(batches, self._score)
             for pair, (length, *by_depth) in zip(new, found, strict=True):
                 self.scores[pair] = [(logprob, greedy) for logprob, greedy in by_depth]
-                self.lengths.append(length)
+                self.lengths.append((None, length, 0))
                 self.cut += len(pair[0] + pair[1]) - 1 > length
         return [self.scores[pair][self.depth] for pair in asked]
 
@@ -212,9 +212,9 @@ class Sweep(HFLM):
         ]
         found = self._run(batches, self._continue)
         rows = [row for batch in batches for row in batch]
-        for row, (text, length, cut) in zip(rows, found, strict=True):
+        for row, (text, read, new, cut) in zip(rows, found, strict=True):
             self.texts[row] = text
-            self.lengths.append(length)
+            self.lengths.append((self.subject.recurrences[row.depth], read, new))
             self.cut += cut
 
     @torch.inference_mode()
@@ -259,7 +259,8 @@ class Sweep(HFLM):
                 postprocess_generated_text(
                     self.words.decode(answer, skip_special_tokens=True), stops, None
                 ),
-                prompt + _unpadded(answer, self.words.pad_token_id),
+                prompt,
+                _unpadded(answer, self.words.pad_token_id),
                 len(self.tok_encode(row.context)) > room,
             ]
             for row, answer, prompt in zip(batch, answers, mask.sum(1).tolist(), strict=True)

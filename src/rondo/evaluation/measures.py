@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rondo.evaluation.comparisons import (
+    MIN_ITEMS,
     Array,
     Difference,
     Finding,
@@ -45,6 +46,7 @@ def depth_measures(result: Json, task: str) -> list[Finding]:
     return [
         *findings,
         _best_depth(measured, drawn),
+        *_seeds(result, measured),
         _knee(measured, drawn),
         _practical_knee(measured, drawn),
         _total_gain(measured, drawn),
@@ -83,20 +85,41 @@ def _gain(
     if measured.errors is not None:
         return difference(measured, deep, measured, shallow, choices)
     value = float(measured.scores[deep] - measured.scores[shallow])
-    return interval(value, drawn[:, deep] - drawn[:, shallow], len(measured.weights), choices)
+    return interval(value, drawn[:, deep] - drawn[:, shallow], measured.num_items, choices)
 
 
 def _best_depth(measured: Measured, drawn: Array) -> Finding:
-    best, depths = measured.best, np.array(measured.depths)
+    name, unit, best, depths = "best depth", "recurrences", measured.best, np.array(measured.depths)
+    alike = depths[measured.scores >= measured.scores.max() - measured.least]
+    level = measured.level(measured.scores[best])
+    if len(alike) > 1:
+        which = ", ".join(map(str, alike))
+        sentence = f"No depth stands out: r = {which} are the best alike ({level})."
+        return unknown(name, sentence, unit)
+    what = f"r = {depths[best]} is the best of {len(depths)} depths ({level})"
+    if measured.num_items < MIN_ITEMS:
+        sentence = f"{what}, but {measured.num_items} items are too few to tell that from chance."
+        return Finding(name, float(depths[best]), None, None, unit, sentence)
     winners = drawn.argmax(1)
     low, high = np.quantile(depths[winners], [0.025, 0.975], method="inverted_cdf")
+    sentence = f"{what}, as in {np.mean(winners == best):.0%} of {_draws(measured)}."
+    return Finding(name, float(depths[best]), float(low), float(high), unit, sentence)
+
+
+def _seeds(result: Json, measured: Measured) -> list[Finding]:
+    """How far the seeds of the evaluation lie apart at the best depth, where there are several."""
+    best, metric = measured.depths[measured.best], result["tasks"][measured.task]["metric"]
+    keys, wanted = ("task", "metric", "num_recurrences"), (measured.task, metric, best)
+    row = next(row for row in result["rows"] if tuple(row[key] for key in keys) == wanted)
+    values = [measured.scale * value for value in row["seed_values"] if value is not None]
+    if len(values) < 2:
+        return []
+    low, high = min(values), max(values)
     sentence = (
-        f"r = {depths[best]} is the best of {len(depths)} depths "
-        f"({measured.level(measured.scores[best])}), as in {np.mean(winners == best):.0%} of "
-        f"{_draws(measured)}."
+        f"At r = {best} the {len(values)} seeds gave {measured.level(measured.sign * low)} to "
+        f"{measured.level(measured.sign * high)}; their mean is what counts."
     )
-    value = float(depths[best])
-    return Finding("best depth", value, float(low), float(high), "recurrences", sentence)
+    return [Finding("spread over seeds", high - low, None, None, measured.unit, sentence)]
 
 
 def _knee(measured: Measured, drawn: Array) -> Finding:
@@ -104,7 +127,8 @@ def _knee(measured: Measured, drawn: Array) -> Finding:
     depths, unit = measured.depths, "recurrences"
     if len(depths) < 3:
         return unknown("knee", "No knee: it takes at least three depths.", unit)
-    if _gain(measured, drawn, *_rise(measured)).low <= 0:
+    rise = _gain(measured, drawn, *_rise(measured), choices=len(depths) - 1)
+    if rise.low <= 0 or rise.value < measured.least:
         return unknown("knee", f"No knee: no depth is shown to beat r = {depths[0]}.", unit)
     knee = int(knees(depths, measured.scores[None])[0])
     found = knees(depths, drawn)
@@ -123,7 +147,9 @@ def _knee(measured: Measured, drawn: Array) -> Finding:
 
 def _practical_knee(measured: Measured, drawn: Array) -> Finding:
     """The error is that of the paired difference: models differ less than items do."""
-    best = measured.best
+    best, name, unit = measured.best, "practical knee", "recurrences"
+    if measured.num_items < MIN_ITEMS:
+        return unknown(name, f"Not known: {measured.num_items} items are too few.", unit)
     gaps = measured.scores[best] - measured.scores
     errors = (drawn[:, [best]] - drawn).std(0)
     kind = "paired" if measured.errors is None else "unpaired"
@@ -132,12 +158,12 @@ def _practical_knee(measured: Measured, drawn: Array) -> Finding:
         f"r = {least} is the smallest depth within one ({kind}) standard error of the best, "
         f"r = {measured.depths[best]}."
     )
-    return Finding("practical knee", float(least), None, None, "recurrences", sentence)
+    return Finding(name, float(least), None, None, unit, sentence)
 
 
 def _rise(measured: Measured) -> tuple[int, int]:
     """Return the indices of the best depth beyond the shallowest, and of the shallowest."""
-    return int(np.argmax(measured.scores[1:])) + 1, 0
+    return measured.best_of(range(1, len(measured.depths))), 0
 
 
 def _total_gain(measured: Measured, drawn: Array) -> Finding:
@@ -186,7 +212,8 @@ def _by_item(measured: Measured) -> list[Finding]:
             "be said of answers that depth spoils or mends, nor of the best depth of each item."
         )
         return [unknown("items", sentence)]
-    rates = [_documents(measured)] if measured.sign < 0 else _answers(measured)
+    right_or_wrong = measured.is_share and measured.sign > 0
+    rates = _answers(measured) if right_or_wrong else [_documents(measured)]
     return [*rates, _oracle(measured)]
 
 
@@ -203,7 +230,9 @@ def _answers(measured: Measured) -> tuple[Finding, Finding]:
     spoilt = int((right[:-1].any(0) & ~right[-1]).sum())
     mended, lost = int((~right[0] & right[-1]).sum()), int((right[0] & ~right[-1]).sum())
     low, high = wilson(mended, mended + lost)
-    balance = "more than" if low > 0.5 else "fewer than" if high < 0.5 else "by chance as many as"
+    balance = (
+        "more than" if low > 0.5 else "fewer than" if high < 0.5 else "not shown to differ from"
+    )
     return (
         _share(
             "overthinking rate",
@@ -222,9 +251,11 @@ def _answers(measured: Measured) -> tuple[Finding, Finding]:
 
 
 def _documents(measured: Measured) -> Finding:
-    better, total = int((measured.better[-1] > measured.better[0]).sum()), len(measured.weights)
+    gains = measured.better[-1] - measured.better[0]
+    better, total = int((gains > measured.least * measured.weights).sum()), measured.num_items
     low, high = wilson(better, total)
-    half = "more than half" if low > 0.5 else "less than half" if high < 0.5 else "about half"
+    half = "more than half" if low > 0.5 else "less than half" if high < 0.5 else None
+    half = half or "not shown to differ from half"
     return _share(
         "documents better",
         better,
@@ -281,5 +312,5 @@ def _stability(measured: Measured, drawn: Array, trained: float | None) -> Findi
         return unknown(name, sentence, measured.unit)
     deep, anchor = measured.depths[beyond[-1]], measured.depths[near]
     than = f"r = {anchor}" + ("" if anchor == trained else f" (the nearest to {trained:g})")
-    what = f"Beyond the trained depth, r = {deep}"
+    what = f"r = {deep}, beyond the trained depth,"
     return compare(name, what, than, _gain(measured, drawn, beyond[-1], near), measured)

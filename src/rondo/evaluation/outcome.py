@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 
@@ -21,6 +21,25 @@ class Score:
     stderr: float | None
 
 
+class Lengths(NamedTuple):
+    """Tokens through the model, as means.
+
+    Attributes:
+        sequences: Per item: the options of a choice, or one.
+        read: Tokens of a sequence that are read at once.
+        new: Tokens that are generated after them; 0 where depths share a pass.
+    """
+
+    sequences: float
+    read: float
+    new: float
+
+    @property
+    def per_item(self) -> float:
+        """Tokens per item."""
+        return self.sequences * (self.read + self.new)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One task as one model did it, with one seed or the mean of several.
@@ -32,9 +51,8 @@ class Outcome:
         seed_values: By metric and depth, the value with each seed.
         items: Of the metric of `described`: `weights`, and `values` by depth (as a string).
         samples: One line of samples.jsonl per item, without the model.
-        seconds: What the pass over all depths took.
-        tokens_per_item: Mean tokens through the model per item.
-        seq_len: Mean tokens of a sequence, for the FLOPs of attention.
+        seconds: What measuring took, all depths together.
+        lengths: By depth, the tokens that went through the model.
     """
 
     name: str
@@ -44,8 +62,7 @@ class Outcome:
     items: Json
     samples: list[Json]
     seconds: float
-    tokens_per_item: float
-    seq_len: int
+    lengths: dict[int, Lengths]
 
 
 def mean_of_seeds(outcomes: Sequence[Outcome]) -> Outcome:
@@ -80,8 +97,7 @@ def mean_of_seeds(outcomes: Sequence[Outcome]) -> Outcome:
         items=items,
         samples=first.samples,
         seconds=sum(outcome.seconds for outcome in outcomes) / len(outcomes),
-        tokens_per_item=first.tokens_per_item,
-        seq_len=first.seq_len,
+        lengths=first.lengths,
     )
 
 

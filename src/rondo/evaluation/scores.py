@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rondo.evaluation.items import MATH, MATH_500
-from rondo.evaluation.outcome import Outcome, Score, finite, ratio, ratio_stderr
+from rondo.evaluation.outcome import Lengths, Outcome, Score, finite, ratio, ratio_stderr
 from rondo.evaluation.tasks import HarnessTask
 
 Json = dict[str, Any]
@@ -46,6 +46,8 @@ def voting(task: Any, samples: int, temperature: float) -> Any:
         steps = [step for step in pipeline["filter"] if step["function"] not in SELECTIONS]
         filters.append({"name": pipeline["name"], "filter": [*steps, vote]})
     how = task.config.generation_kwargs | {"do_sample": True, "temperature": temperature}
+    # Else those of the model's own settings would take part unseen.
+    how |= {"top_k": 0, "top_p": 1.0}
     changes = {"repeats": samples, "generation_kwargs": how, "filter_list": filters}
     return type(task)(config=vars(task.config) | changes)
 
@@ -72,12 +74,13 @@ class Effort(NamedTuple):
 
     Attributes:
         seconds: Of all passes.
-        lengths: Tokens of each sequence that was run.
+        lengths: Of each sequence that was run: its depth, if it was run at one alone, tokens that
+            were read, and tokens that were generated.
         cut: How many of these lost their beginning, being longer than the model was made for.
     """
 
     seconds: float
-    lengths: list[int]
+    lengths: list[tuple[int | None, int, int]]
     cut: int
 
 
@@ -175,6 +178,7 @@ def outcome_of(
         "num_fewshot": task.config.num_fewshot,
         "suite": given.suite,
         "truncated": effort.cut,
+        "samples": task.config.repeats,
     }
     lines = [
         {
@@ -203,10 +207,16 @@ def outcome_of(
         },
         samples=lines,
         seconds=effort.seconds,
-        # Likelihoods of all depths, and of all options, share a pass; each text is one of its own.
-        tokens_per_item=sum(effort.lengths) / len(effort.lengths if generates else items),
-        seq_len=round(sum(effort.lengths) / len(effort.lengths)),
+        lengths={depth: _lengths(effort, depth, len(items)) for depth in results},
     )
+
+
+def _lengths(effort: Effort, depth: int, num_items: int) -> Lengths:
+    """Return the mean tokens at a depth; likelihoods of all depths share a pass."""
+    own = [(read, new) for at, read, new in effort.lengths if at in (None, depth)]
+    read, new = (sum(column) / len(own) for column in zip(*own, strict=True))
+    shared = effort.lengths[0][0] is None
+    return Lengths(len(own) / num_items if shared else 1.0, read, new)
 
 
 def _chance(task: Any, metric: str, items: Sequence[Any]) -> float | None:
@@ -275,6 +285,8 @@ def pooled(given: HarnessTask, parts: Sequence[Outcome]) -> Outcome:
         items={"weights": weights, "values": values},
         samples=[],
         seconds=sum(part.seconds for part in parts),
-        tokens_per_item=float(np.average([part.tokens_per_item for part in parts], weights=counts)),
-        seq_len=round(float(np.average([part.seq_len for part in parts], weights=counts))),
+        lengths={
+            depth: Lengths(*np.average([p.lengths[depth] for p in parts], 0, counts).tolist())
+            for depth in first.lengths
+        },
     )

@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, N predicted tokens, D width, V vocabulary.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,35 +47,43 @@ class Prediction(NamedTuple):
     greedy: bool
 
 
+@dataclass
 class Subject:
     """A model to measure: recurrent, or one without a loop, which knows one depth only.
 
-    Args:
+    Attributes:
+        model: It, where it runs.
+        tokenizer: Its tokenizer.
+        recurrences: Depths to measure, rising.
         directory: The checkpoint.
-        config: What is asked for.
-        device: Where it runs.
-
-    Raises:
-        UserError: The directory holds no model, or the depths are beyond its cap.
+        facts: What its run.json says.
     """
 
-    def __init__(self, directory: Path, config: EvalConfig, device: torch.device):
-        self.directory, self.device = directory, device
-        fields = read_json(directory / "config.json")
-        self.recurrent = fields.get("model_type") == "rondo"
-        path = directory / "run.json"
-        self.facts: dict[str, Any] = read_json(path) if path.is_file() else {}
-        self.recurrences = depths_of(fields, config) if self.recurrent else (1,)
-        self.dtype = choose_dtype(config.dtype, device)
-        if self.recurrent:
-            model = load_model(RecurrentForCausalLM, directory, self.dtype)
-        else:
-            remote = {"trust_remote_code": config.trust_remote_code}
-            model = load_model(AutoModelForCausalLM, directory, self.dtype, **remote)
-        self.model = model.to(device).eval()
-        self.tokenizer = load_tokenizer(directory)
-        check_tokenizer(self.tokenizer, self.model.config.vocab_size)
-        self.costs: Costs = costs_of(self.model) if self.recurrent else costs_of_parent(self.model)
+    model: Any
+    tokenizer: Any
+    recurrences: tuple[int, ...]
+    directory: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.model.dtype
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the model has a loop."""
+        return self.model.config.model_type == "rondo"
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the model costs at each depth."""
+        return costs_of(self.model) if self.recurrent else costs_of_parent(self.model)
 
     @property
     def starts_from_noise(self) -> bool:
@@ -133,14 +143,6 @@ class Subject:
         for hidden_BTD in branches:
             yield (self.model.logits(piece) for piece in hidden_BTD[where].split(LOGIT_ROWS))
 
-    def hidden_states(self, ids: torch.Tensor, recurrences: Sequence[int]) -> Any:
-        """Return normed hidden states (B, T, D) at each depth."""
-        if not self.recurrent:
-            return (self.model.base_model(ids, use_cache=False).last_hidden_state,)
-        return self.model.model(
-            ids, num_recurrences=max(recurrences), output_recurrences=tuple(recurrences)
-        ).branches
-
     @torch.inference_mode()
     def milliseconds_per_token(self) -> dict[int, float]:
         """Return the time of a forward pass per token at each depth, the better of two."""
@@ -148,12 +150,12 @@ class Subject:
         ids = ids % self.model.config.vocab_size
         found = {}
         for depth in self.recurrences:
+            how = {"num_recurrences": depth} if self.recurrent else {}
             times = []
             for _ in range(2):
                 self._wait()
                 start = time.perf_counter()
-                hidden = self.hidden_states(ids, (depth,))[0]
-                self.model.get_output_embeddings()(hidden)
+                self.model(ids, use_cache=False, **how)
                 self._wait()
                 times.append(time.perf_counter() - start)
             found[depth] = 1000 * min(times) / TIMED_TOKENS
@@ -164,7 +166,28 @@ class Subject:
             torch.cuda.synchronize()
 
 
-def depths_of(fields: dict[str, Any], config: EvalConfig) -> tuple[int, ...]:
+def load_subject(directory: Path, config: EvalConfig, device: torch.device) -> Subject:
+    """Load a checkpoint to measure it.
+
+    Raises:
+        UserError: The directory holds no model, or the depths are beyond its cap.
+    """
+    fields, path = read_json(directory / "config.json"), directory / "run.json"
+    recurrent = fields.get("model_type") == "rondo"
+    recurrences = depths_of(directory, fields, config) if recurrent else (1,)
+    dtype = choose_dtype(config.dtype, device)
+    if recurrent:
+        model = load_model(RecurrentForCausalLM, directory, dtype)
+    else:
+        remote = {"trust_remote_code": config.trust_remote_code}
+        model = load_model(AutoModelForCausalLM, directory, dtype, **remote)
+    tokenizer = load_tokenizer(directory)
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    facts = read_json(path) if path.is_file() else {}
+    return Subject(model.to(device).eval(), tokenizer, recurrences, directory, facts)
+
+
+def depths_of(directory: Path, fields: dict[str, Any], config: EvalConfig) -> tuple[int, ...]:
     """Return the depths to measure of a recurrent model with this config.json.
 
     Raises:
@@ -174,7 +197,7 @@ def depths_of(fields: dict[str, Any], config: EvalConfig) -> tuple[int, ...]:
     wanted = tuple(sorted(set(config.recurrences or [r for r in GRID if r <= cap])))
     if wanted[-1] > cap:
         raise UserError(
-            f"--recurrences {wanted[-1]} is beyond the cap of {cap} of {config.model} "
+            f"--recurrences {wanted[-1]} is beyond the cap of {cap} of {directory} "
             "(max_recurrences in its config.json)"
         )
     return wanted

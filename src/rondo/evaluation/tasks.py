@@ -94,6 +94,7 @@ class HarnessTask:
         source: Where the items come from.
         names: What results call it, and the tasks of a group too.
         generates: Whether answers are texts that the model writes.
+        sampled: Whether their definition has them drawn at random.
     """
 
     name: str
@@ -103,6 +104,7 @@ class HarnessTask:
     source: str
     names: tuple[str, ...]
     generates: bool
+    sampled: bool
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,10 @@ def _plan_task(
         )
     leaves = (leaf for leaf in definitions if leaf != base)
     kinds = {one.get("output_type", "generate_until") for one in definitions.values()}
+    ways = [one.get("generation_kwargs") or {} for one in definitions.values()]
+    sampled = any(way.get("do_sample") for way in ways)
     task = HarnessTask(
-        name, base, suite, overrides, source, (name, *leaves), "generate_until" in kinds
+        name, base, suite, overrides, source, (name, *leaves), "generate_until" in kinds, sampled
     )
     # Reads every item once: what is wrong with them shows now.
     harness.load(task, config)

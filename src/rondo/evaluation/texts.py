@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from rondo.config import DataConfig, EvalConfig
-from rondo.data import encode, parse_source, read_documents, records, tokenise
+from rondo.data import encode, parse_source, records, text_of, tokenise
 from rondo.errors import UserError
 from rondo.evaluation.ledger import Ledger
-from rondo.evaluation.outcome import Outcome, Score, finite, ratio, ratio_stderr
+from rondo.evaluation.outcome import Lengths, Outcome, Score, finite, ratio, ratio_stderr
 from rondo.evaluation.subject import Passage, Subject
 from rondo.evaluation.tasks import TextTask
 
@@ -31,22 +31,31 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
     Raises:
         UserError: It cannot be read, or holds nothing to predict.
     """
-    limit, tokenizer = config.limit or DOCUMENTS, subject.tokenizer
+    tokenizer, source = subject.tokenizer, parse_source(task.spec)
+    # Of a text a part says as much; a task is measured whole.
+    limit = config.limit or (None if task.answers else DOCUMENTS)
+    found = islice(records(source, "text"), limit)
     if task.answers:
         settings = DataConfig(sources=(task.spec,), loss_on="answers")
-        source = parse_source(task.spec)
-        path = source.path
-        found = list(tokenise(islice(records(source, "text"), limit), settings, tokenizer))
         # Without the separator, which says nothing of the answer.
-        passages = [Passage(one.ids[:-1], (one.counted or []).index(True)) for one in found]
+        whole = [
+            Passage(one.ids[:-1], (one.counted or []).index(True))
+            for one in tokenise(found, settings, tokenizer)
+        ]
+        passages = [_ending(one, config.seq_len) for one in whole]
     else:
-        documents = read_documents(task.spec)
-        path = documents.path
-        passages = [Passage(encode(tokenizer, text), 1) for text in documents.texts[:limit]]
-    cut = (Passage(one.ids[: config.seq_len], max(one.start, 1)) for one in passages)
-    passages = [one for one in cut if len(one.ids) > one.start]
+        whole = [Passage(encode(tokenizer, text_of(one, "text")), 1) for one in found]
+        passages = [Passage(one.ids[: config.seq_len], 1) for one in whole]
+    cut = sum(len(one.ids) > config.seq_len for one in whole)
+    passages = [one for one in passages if len(one.ids) > one.start]
     if not passages:
-        raise UserError(f"{path} holds no document of two tokens or more")
+        raise UserError(f"{source.path} holds no document of two tokens or more")
+    longest = max(len(one.ids) for one in passages)
+    if longest > subject.max_length:
+        raise UserError(
+            f"{source.path} has a document of {longest} tokens, and {subject.directory} was made "
+            f"for {subject.max_length}: give --seq-len {subject.max_length}"
+        )
     predicted = sum(len(one.ids) - one.start for one in passages)
     decode: Any = tokenizer.decode
     content = json.dumps([[one.ids, one.start] for one in passages])
@@ -55,11 +64,12 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
         "metric": "loss",
         "higher_is_better": False,
         "chance": None,
-        "source": path,
+        "source": source.path,
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "items": len(passages),
         "num_fewshot": 0,
         "suite": task.suite,
+        "truncated": cut,
         "tokens": predicted,
         # The first token has nothing before it and is not predicted.
         "bytes": sum(len(decode(one.ids[one.start :]).encode()) for one in passages),
@@ -67,15 +77,17 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
     return Text(described, passages)
 
 
-def measure_text(
-    subject: Subject, task: TextTask, ledger: Ledger, config: EvalConfig, seed: int
-) -> Outcome:
-    """Measure one text at every depth.
+def _ending(passage: Passage, length: int) -> Passage:
+    """Cut a passage to a length, before what is to be predicted as long as that is enough."""
+    spare = min(max(0, len(passage.ids) - length), max(0, passage.start - 1))
+    return Passage(passage.ids[spare:][:length], max(1, passage.start - spare))
 
-    Raises:
-        UserError: The text cannot be read.
-    """
-    described, passages = read_text(task, subject, config)
+
+def measure_text(
+    subject: Subject, task: TextTask, text: Text, ledger: Ledger, config: EvalConfig, seed: int
+) -> Outcome:
+    """Measure one text at every depth."""
+    described, passages = text
     # Passages of like length share a batch, the longest first: what memory lacks shows at once.
     order = sorted(range(len(passages)), key=lambda index: -len(passages[index].ids))
     batches = [
@@ -107,8 +119,7 @@ def measure_text(
         items={"weights": weights, "values": {str(r): values for r, values in sums.items()}},
         samples=[],
         seconds=seconds,
-        tokens_per_item=num_tokens / len(passages),
-        seq_len=round(num_tokens / len(passages)),
+        lengths=dict.fromkeys(subject.recurrences, Lengths(1.0, num_tokens / len(passages), 0.0)),
     )
 
 

@@ -1,8 +1,8 @@
-"""The figures of the reports, each defined once: interactive in HTML, still as SVG or PNG.
+"""The figures of the reports, each defined once: interactive in HTML, still as SVG.
 
-The only user of altair and vl-convert, which come with the extra `report`. Charts take plain rows
-(dicts) and are as wide as their container; `to_svg` and `to_png` fix the width. Text in the charts
-names no colour, so that a page can restyle it for a dark background.
+The only user of altair and vl-convert, which come with the extra `report`. Charts are made of plain
+rows (dicts), are Vega-Lite as a browser takes it, and as wide as their container; `to_svg` fixes
+the width. Text in the charts names no colour, so that a page can restyle it for a dark background.
 """
 
 from rondo.plots.depth import (
@@ -23,7 +23,7 @@ from rondo.plots.series import (
     states_chart,
     training_chart,
 )
-from rondo.plots.theme import Row, javascript, to_png, to_spec, to_svg
+from rondo.plots.theme import Row, javascript, to_svg
 
 __all__ = [
     "COLUMNS",
@@ -41,8 +41,6 @@ __all__ = [
     "layer_chart",
     "measures_of",
     "states_chart",
-    "to_png",
-    "to_spec",
     "to_svg",
     "training_chart",
     "x_encodings",

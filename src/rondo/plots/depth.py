@@ -86,16 +86,21 @@ class Measure:
     chance: float | None = None
 
 
-def measures_of(task: Row) -> list[Measure]:
-    """Return what can be drawn of a task, as results.json describes it; the metric comes first."""
+def measures_of(task: Row, percent: bool) -> list[Measure]:
+    """Return what can be drawn of a task, as results.json describes it; the metric comes first.
+
+    Args:
+        task: Its `kind`, `metric`, `higher_is_better` and `chance`.
+        percent: Whether the metric is a share.
+    """
     if task["kind"] == "loss":
         return [
             Measure("nats per token", "loss (nats per token)"),
             Measure("bits per byte", "loss (bits per byte)", column="bits_per_byte"),
         ]
     metric = task["metric"]
-    title = f"{metric} (%)"
-    return [Measure(metric, title, "value", True, task["higher_is_better"], task["chance"])]
+    title = f"{metric} (%)" if percent else metric
+    return [Measure(metric, title, "value", percent, task["higher_is_better"], task["chance"])]
 
 
 def depth_chart(
@@ -104,7 +109,7 @@ def depth_chart(
     stage: Stage = "after",
     x: XAxis = "depth",
     fits: Sequence[Row] = (),
-) -> alt.LayerChart:
+) -> Row:
     """Draw one task by depth, one line per recurrent model; models without a loop are dashed.
 
     Args:
@@ -152,8 +157,7 @@ def depth_chart(
     title = (
         f"{rows[0]['task']}: {_finding([row for row in rows if row['model'] in shown], measure)}"
     )
-    chart = finish(layers, data, title, " ".join(said), _HEIGHT)
-    return chart.add_params(alt.param(name="isolate", value=""))
+    return finish(layers, data, title, " ".join(said), _HEIGHT)
 
 
 def x_encodings(rows: Sequence[Row], measure: Measure, stage: Stage = "after") -> dict[XAxis, Any]:
@@ -307,9 +311,9 @@ def _x_encoding(points: Sequence[Row], x: XAxis) -> alt.X:
 
 
 def _finding(rows: Sequence[Row], measure: Measure) -> str:
-    """Say where the loop does best, after training and before it."""
+    """Say where the loop does best, after training and before it, of the first run of each."""
     best_of, most = (max, "highest") if measure.higher_is_better else (min, "lowest")
-    what = measure.name if measure.percent else "loss"
+    what = "loss" if rows[0]["kind"] == "loss" else measure.name
     places = []
     for stage, when in (("after", "after training"), ("before", "before training")):
         loops = [
@@ -317,9 +321,13 @@ def _finding(rows: Sequence[Row], measure: Measure) -> str:
             for row in rows
             if (row["role"], row["stage"]) == ("recurrent", stage) and is_finite(row["value"])
         ]
-        if len({row["value"] for row in loops}) == 1:
+        runs = distinct(loops, "model")
+        if len(runs) > 1:
+            when += f" ({runs[0]})"
+        own = [row for row in loops if row["model"] == runs[0]]
+        if len({row["value"] for row in own}) == 1:
             places.append(f"the same at every depth {when}")
-        elif loops:
-            best = best_of(loops, key=lambda row: row["value"])
+        elif own:
+            best = best_of(own, key=lambda row: row["value"])
             places.append(f"{most} at r = {best['num_recurrences']} {when}")
     return f"{what} is {', '.join(places)}" if places else f"{what} without a loop"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rondo.plots.theme import (
     BLUE,
+    BROWN,
     GREEN,
     GREY,
     SPARE_COLORS,
@@ -23,7 +24,7 @@ from rondo.plots.theme import (
 _DIFFERENCE_TICKS = (-3, -1, -0.3, -0.1, -0.03, -0.01, 0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
-def layer_chart(rows: Sequence[Row]) -> alt.LayerChart:
+def layer_chart(rows: Sequence[Row]) -> Row:
     """Draw how much each layer of the parent changes the state; the core is shaded.
 
     Args:
@@ -62,7 +63,7 @@ def layer_chart(rows: Sequence[Row]) -> alt.LayerChart:
     return finish(layers, {"points": points, "core": shades}, finding, subtitle, 220)
 
 
-def core_chart(rows: Sequence[Row]) -> alt.LayerChart:
+def core_chart(rows: Sequence[Row]) -> Row:
     """Draw what looping each candidate core does to the parent's loss, the best on top.
 
     Args:
@@ -99,7 +100,7 @@ def core_chart(rows: Sequence[Row]) -> alt.LayerChart:
         .encode(
             x=x,
             y=y,
-            color=color("depth", depths, (BLUE, VERMILION, GREEN, *SPARE_COLORS)),
+            color=color("depth", depths, (BLUE, VERMILION, GREEN, BROWN, *SPARE_COLORS)),
             shape=shape("start", starts),
             tooltip=["core:N", "depth:N", "start:N", alt.Tooltip("difference:Q", format="+.4f")],
         ),
@@ -110,4 +111,4 @@ def core_chart(rows: Sequence[Row]) -> alt.LayerChart:
         effect = f"raises the loss by {change:.4f} or more"
     subtitle = "Untrained. Left of the dashed line is better than the parent. Shaded: the choice."
     data = {"points": points, "chosen": [{"core": chosen}], "parent": [{"difference": 0}]}
-    return finish(layers, data, f"Looping core {chosen} {effect}", subtitle, alt.Step(20))
+    return finish(layers, data, f"Looping core {chosen} {effect}", subtitle, {"step": 20})

@@ -69,7 +69,7 @@ _CHECKPOINT_TOOLTIP = (
 )
 
 
-def training_chart(rows: Sequence[Row], fits: Sequence[Row] = ()) -> alt.LayerChart:
+def training_chart(rows: Sequence[Row], fits: Sequence[Row] = ()) -> Row:
     """Draw the loss of trained models against executed training FLOPs.
 
     Args:
@@ -115,11 +115,10 @@ def training_chart(rows: Sequence[Row], fits: Sequence[Row] = ()) -> alt.LayerCh
         *_labelled(y, by_color, by_shape),
         _hover(x, y, _TRAINING_TOOLTIP),
     ]
-    title = "Loss against training FLOPs"
-    return _isolatable(finish(layers, data, title, " ".join(said), _HEIGHT))
+    return finish(layers, data, "Loss against training FLOPs", " ".join(said), _HEIGHT)
 
 
-def checkpoints_chart(rows: Sequence[Row], task: str, axis_title: str) -> alt.LayerChart:
+def checkpoints_chart(rows: Sequence[Row], task: str, axis_title: str) -> Row:
     """Draw what checkpoints score against their training FLOPs, each at its trained depth.
 
     Args:
@@ -137,21 +136,14 @@ def checkpoints_chart(rows: Sequence[Row], task: str, axis_title: str) -> alt.La
     x = _along_flops("training FLOPs (log)", x_span, "~e")
     scale = alt.Scale(domain=y_span, nice=False)
     y = alt.Y("y:Q", title=axis_title, scale=scale, axis=alt.Axis(tickCount=6))
-    by_color, by_shape = _styled(points)
-    lines = layer("points").encode(x, y, by_color, isolating())
-    layers = [
-        lines.mark_line(strokeWidth=2),
-        lines.encode(by_shape).mark_point(filled=True, size=45),
-        *_labelled(y, by_color, by_shape),
-        _hover(x, y, _CHECKPOINT_TOOLTIP),
-    ]
+    layers = [*_lines(points, x, y, _CHECKPOINT_TOOLTIP), *_labelled(y, *_styled(points))]
     data = {"points": points, "labels": place_labels(points, y_span, _HEIGHT)}
     said = "Each model at the depth it was trained with; before its end the learning rate is high."
     title = f"{task}: checkpoints against training FLOPs"
-    return _isolatable(finish(layers, data, title, said, _HEIGHT))
+    return finish(layers, data, title, said, _HEIGHT)
 
 
-def states_chart(rows: Sequence[Row], measure: StateMeasure) -> alt.LayerChart:
+def states_chart(rows: Sequence[Row], measure: StateMeasure) -> Row:
     """Draw one measure of the loop's states by iteration, one line per model.
 
     Args:
@@ -173,14 +165,20 @@ def states_chart(rows: Sequence[Row], measure: StateMeasure) -> alt.LayerChart:
     scale = alt.Scale(type="log" if log else "linear", domain=y_span, nice=False)
     y_axis = alt.Axis(tickCount=5, format="~g")
     y = alt.Y("y:Q", title=axis_title, scale=scale, axis=y_axis)
+    layers = _lines(points, x, y, _STATE_TOOLTIP)
+    return finish(layers, {"points": points}, title, said, 200)
+
+
+def _lines(
+    points: Sequence[Row], x: alt.X, y: alt.Y, entries: Sequence[tuple[str, str, str | None]]
+) -> list[alt.Chart]:
     by_color, by_shape = _styled(points)
     lines = layer("points").encode(x, y, by_color, isolating())
-    layers = [
+    return [
         lines.mark_line(strokeWidth=2),
         lines.encode(by_shape).mark_point(filled=True, size=45),
-        _hover(x, y, _STATE_TOOLTIP),
+        _hover(x, y, entries),
     ]
-    return _isolatable(finish(layers, {"points": points}, title, said, 200))
 
 
 def _along_flops(title: str, x_span: Sequence[float], form: str) -> alt.X:
@@ -231,7 +229,3 @@ def _hover(x: alt.X, y: alt.Y, entries: Sequence[tuple[str, str, str | None]]) -
         .mark_point(filled=True, size=500, opacity=0, clip=True)
         .encode(x, y, tooltip=[tooltip(*entry) for entry in entries])
     )
-
-
-def _isolatable(chart: alt.LayerChart) -> alt.LayerChart:
-    return chart.add_params(alt.param(name="isolate", value=""))

@@ -1,6 +1,7 @@
 """What all figures share: colours, scales, labels, and the ways out of Altair."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,34 +21,26 @@ Row = dict[str, Any]
 # All have a contrast of about 3:1 or more on white and on near-black, and the first five stay
 # apart under the common colour-vision deficiencies (after Okabe and Ito); shapes say it again.
 BLUE, GREEN, GREY, VERMILION, PINK = "#1F83C6", "#009E73", "#7F7F7F", "#D55E00", "#BF6A9B"
-SPARE_COLORS = ("#8A6D3B", "#7B61C4", "#3A8FA6", "#B0483A")
+BROWN = "#8A6D3B"
+SPARE_COLORS = ("#7A4FD0", "#5B9A1F", "#C2185B", "#0093A8")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
+_SPARE_SHAPES = ("triangle-right", "triangle-left", "wedge")
 _ROLE_STYLES = {
     ("recurrent", "after"): (BLUE, "circle"),
     ("recurrent", "before"): (GREEN, "square"),
     ("parent", "before"): (GREY, "triangle-up"),
     ("static", "after"): (VERMILION, "diamond"),
     ("random", "after"): (PINK, "triangle-down"),
-    ("self-consistency", "before"): (SPARE_COLORS[0], "cross"),
+    ("self-consistency", "before"): (BROWN, "cross"),
 }
 _STILL_WIDTH = 560
 _LABEL_HEIGHT = 15
 
 
-def to_svg(chart: alt.LayerChart) -> str:
+def to_svg(chart: Row) -> str:
     """Render a chart as a still picture, on white so that it reads on any page."""
-    return vl_convert.vegalite_to_svg(_still(chart))
-
-
-def to_png(chart: alt.LayerChart) -> bytes:
-    """Render a chart as a PNG at twice the size of the SVG."""
-    return vl_convert.vegalite_to_png(_still(chart), scale=2)
-
-
-def to_spec(chart: alt.LayerChart) -> Row:
-    """Return the chart as Vega-Lite for a browser."""
-    # Checking the schema takes most of the time, and the still picture has been checked.
-    return chart.to_dict(validate=False)
+    still = {"width": _STILL_WIDTH, "background": "white", "padding": 12}
+    return vl_convert.vegalite_to_svg(chart | still)
 
 
 @functools.cache
@@ -56,21 +49,16 @@ def javascript() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
-def _still(chart: alt.LayerChart) -> Row:
-    return chart.properties(width=_STILL_WIDTH, background="white", padding=12).to_dict()
-
-
 def styles(points: Iterable[Row]) -> dict[str, tuple[str, str]]:
     """Give each model the colour and shape of its role, or spare ones to a second of that role."""
     found: dict[str, tuple[str, str]] = {}
-    spares = 0
+    spares = zip(itertools.cycle(SPARE_COLORS), itertools.cycle(_SPARE_SHAPES), strict=False)
     for point in points:
         if point["model"] in found:
             continue
         style = _ROLE_STYLES.get((point["role"], point["stage"]))
         if style is None or style in found.values():
-            style = (SPARE_COLORS[-1 - spares % len(SPARE_COLORS)], SHAPES[spares % len(SHAPES)])
-            spares += 1
+            style = next(spares)
         found[point["model"]] = style
     return found
 
@@ -164,31 +152,35 @@ def finish(
     data: dict[str, list[Row]],
     title: str,
     subtitle: str,
-    height: int | alt.Step,
-) -> alt.LayerChart:
-    """Join the layers, and add their data and what all figures share."""
+    height: int | dict[str, int],
+) -> Row:
+    """Join the layers, and add their data and what all figures share.
+
+    Returns:
+        Vega-Lite, which a page can isolate a model in by setting `isolate`.
+    """
     datasets = {
         name: [{key: _held(value) for key, value in row.items()} for row in rows]
         for name, rows in data.items()
     }
-    return (
-        alt.LayerChart(layer=layers)
-        .properties(
-            datasets=datasets,
-            width="container",
-            height=height,
-            title=alt.Title(title, subtitle=subtitle, anchor="start", offset=14),
-        )
-        .configure(
-            font="Helvetica, Arial, sans-serif",
-            axis=alt.AxisConfig(labelFontSize=12, titleFontSize=12, titleFontWeight="normal"),
-            axisY=alt.AxisConfig(gridOpacity=0.6, domain=False, ticks=False),
-            legend=alt.LegendConfig(orient="bottom", labelFontSize=12, symbolSize=80),
-            text=alt.MarkConfig(fontSize=12),
-            title=alt.TitleConfig(fontSize=15, subtitleFontSize=12),
-            view=alt.ViewConfig(stroke=None),
-        )
-    )
+    # Checking the schema would take most of the time; the tests do.
+    return alt.LayerChart(layer=layers).to_dict(validate=False) | {
+        "datasets": datasets,
+        "width": "container",
+        "height": height,
+        "title": {"text": title, "subtitle": subtitle, "anchor": "start", "offset": 14},
+        "description": title,
+        "params": [{"name": "isolate", "value": ""}],
+        "config": {
+            "font": "Helvetica, Arial, sans-serif",
+            "axis": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
+            "axisY": {"gridOpacity": 0.6, "domain": False, "ticks": False},
+            "legend": {"orient": "bottom", "labelFontSize": 12, "symbolSize": 80},
+            "text": {"fontSize": 12},
+            "title": {"fontSize": 15, "subtitleFontSize": 12},
+            "view": {"stroke": None},
+        },
+    }
 
 
 def _held(value: Any) -> Any:

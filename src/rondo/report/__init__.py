@@ -14,7 +14,7 @@ from pathlib import Path
 from rondo.config import ReportConfig, command_line
 from rondo.errors import UserError
 from rondo.provenance import claim_directory, record, staged, write_json
-from rondo.report.sources import Json, flatten, load
+from rondo.report.sources import Json, flatten, flatten_checkpoints, load
 
 __all__ = ["load", "run"]
 
@@ -39,11 +39,13 @@ def run(config: ReportConfig) -> None:
     said = page.make_page(
         results, config.title, command_line(config), config.price_per_hour, config.samples
     )
-    readme = card.updated(Path(config.card), results, said) if config.card else ""
+    readme = card.updated(Path(config.card), results) if config.card else ""
     files = {
         "report.html": rendering.to_html(said),
         "report.md": rendering.to_markdown(said),
-        "results.csv": to_csv(flatten(results, said.price_per_hour)),
+        "results.csv": to_csv(
+            [*flatten(results, said.price_per_hour), *flatten_checkpoints(results)]
+        ),
         **{figure.file: figure.svg for figure in said.figures},
     }
     sources = {name: _sha256(Path(name) / "results.json") for name in config.results}

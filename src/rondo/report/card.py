@@ -8,25 +8,25 @@ from pathlib import Path
 from rondo import verdict
 from rondo.errors import UserError
 from rondo.report import words
-from rondo.report.page import Page
+from rondo.report.parts import Json, training_cost
 from rondo.report.rendering import escape, pipes
-from rondo.report.sources import Json
 
 BEGIN, END = "<!-- rondo:depth -->", "<!-- /rondo:depth -->"
 
 
-def updated(directory: Path, results: Sequence[Json], page: Page) -> str:
+def updated(directory: Path, results: Sequence[Json]) -> str:
     """Return the model card with its section on depth renewed, or appended; the rest stays.
 
     Raises:
-        UserError: The card cannot be read, or holds one mark without the other.
+        UserError: No result is of this checkpoint, or the card cannot be read, or holds one mark
+            without the other.
     """
     path = directory / "README.md"
+    section = f"{BEGIN}\n{depth_section(directory, results)}\n{END}"
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    section = f"{BEGIN}\n{depth_section(_of_checkpoint(directory, results), page)}\n{END}"
     begin, end = text.find(BEGIN), text.find(END)
     if (begin, end) == (-1, -1):
         return f"{text.rstrip()}\n\n{section}\n" if text.strip() else f"{section}\n"
@@ -50,61 +50,68 @@ def write(directory: Path, text: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def depth_section(result: Json, page: Page) -> str:
-    """Tabulate every task of a model by depth, under the verdict, with the conditions below."""
-    model, conditions = result["model"], result["conditions"]
-    rows = _primary(result)
+def depth_section(directory: Path, results: Sequence[Json]) -> str:
+    """Tabulate what was measured of a checkpoint by depth, under the verdict on it.
+
+    Raises:
+        UserError: None of the results was measured on it.
+    """
+    place = directory.resolve()
+    own = [result for result in results if Path(result["model"]["path"]).resolve() == place]
+    if not own:
+        paths = dict.fromkeys(result["model"]["path"] for result in results)
+        raise UserError(
+            f"--card {directory} is no model that was measured here ({', '.join(paths)}); name one "
+            "of these, from the directory where rondo eval ran"
+        )
+    model = own[0]["model"]
+    blocks = ["## What depth buys"]
+    if model["role"] == "recurrent":
+        # Other runs have verdicts of their own.
+        others = [result for result in results if result["model"]["role"] != "recurrent"]
+        blocks.append(f"**{escape(verdict.headline([*own, *others]))}**")
+    blocks.append(escape(training_cost(model)))
+    for result in own:
+        blocks += _measured(result)
+    return "\n\n".join(blocks)
+
+
+def _measured(result: Json) -> Iterator[str]:
+    conditions = result["conditions"]
+    rows = [row for row in result["rows"] if row["metric"] == _metric(result, row["task"])]
     depths = sorted({row["num_recurrences"] for row in rows})
-    lines = list(_lines(result, rows, depths))
-    training = model["training"]
-    seeds = ", ".join(map(str, conditions["seeds"]))
-    trained = f" Trained with seed {training['seed']}." if training else " Not trained."
-    return "\n\n".join(
-        [
-            "## What depth buys",
-            f"**{escape(page.headline)}**",
-            escape(page.cost) if training else "",
-            pipes(["task", *(f"r = {depth}" for depth in depths)], lines),
-            escape(
-                f"Value +- one standard error over items. Measured by rondo on {conditions['date']}"
-                f", {conditions['device']}, {conditions['dtype']}, seeds {seeds}, items limited to "
-                f"{conditions['limit'] or 'none'}.{trained}"
-            ),
-            f"    {' '.join(conditions['command'].split())}",
-        ]
-    ).replace("\n\n\n\n", "\n\n")
+    yield pipes(["task", *(f"r = {depth}" for depth in depths)], list(_lines(result, rows, depths)))
+    yield escape(
+        f"Value \u00b1 one standard error over items. Measured by rondo on {conditions['date']}, "
+        f"{conditions['device']}, {conditions['dtype']}, seeds "
+        f"{', '.join(map(str, conditions['seeds']))}, items limited to "
+        f"{conditions['limit'] or 'none'}."
+    )
+    yield f"    {' '.join(conditions['command'].split())}"
 
 
-def _of_checkpoint(directory: Path, results: Sequence[Json]) -> Json:
-    """Return the result that was measured on this checkpoint, or the one all is about."""
-    for result in results:
-        if Path(result["model"]["path"]).resolve() == directory.resolve():
-            return result
-    return verdict.subject(results)
-
-
-def _primary(result: Json) -> list[Json]:
-    return [
-        row for row in result["rows"] if row["metric"] == result["tasks"][row["task"]]["metric"]
-    ]
+def _metric(result: Json, task: str) -> str:
+    return result["tasks"][task]["metric"]
 
 
 def _lines(result: Json, rows: Sequence[Json], depths: Sequence[int]) -> Iterator[list[str]]:
+    """Write each task's values, then what depth costs, tasks of equal cost in one line."""
+    cost: dict[tuple[str, ...], list[str]] = {}
     for task, facts in result["tasks"].items():
         at = {row["num_recurrences"]: row for row in rows if row["task"] == task}
-        shown = f"{task}: {facts['metric']}{' (nats)' if facts['kind'] == 'loss' else ''}"
-        yield [
-            shown,
-            *(
-                words.score(at[depth]["value"], facts["kind"], at[depth]["stderr"])
-                if depth in at
-                else words.NONE
-                for depth in depths
-            ),
-        ]
-    costs = {row["num_recurrences"]: row for row in rows}
-    yield ["FLOPs per token", *(words.si(costs[depth]["flops_per_token"]) for depth in depths)]
-    yield [
-        "KV bytes per token",
-        *(words.number(costs[depth]["kv_bytes_per_token"], ",.0f") for depth in depths),
-    ]
+        metric = facts["metric"]
+        values = (
+            words.score(at[depth]["value"], metric, at[depth]["stderr"])
+            if depth in at
+            else words.NONE
+            for depth in depths
+        )
+        yield [f"{task}: {metric}{' (nats)' if facts['kind'] == 'loss' else ''}", *values]
+        for name, column in (("FLOPs", "flops_per_token"), ("KV bytes", "kv_bytes_per_token")):
+            prices = (
+                words.si(at[depth][column]) if depth in at else words.NONE for depth in depths
+            )
+            cost.setdefault((f"{name} per token", *prices), []).append(task)
+    for (name, *prices), tasks in sorted(cost.items()):
+        where = "" if len(tasks) == len(result["tasks"]) else f", {', '.join(tasks)}"
+        yield [f"{name}{where}", *prices]

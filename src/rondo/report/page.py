@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from rondo import verdict
 from rondo.report import words
+from rondo.report.panels import Panel, panel
 from rondo.report.parts import Figure, Json, Section, training_cost
 from rondo.report.samples import Group, groups
 from rondo.report.sections import states_of, training
 from rondo.report.sources import flatten
-from rondo.report.tasks import Panel, panel
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Page:
     panels: list[Panel]
     sections: list[Section]
     samples: list[Group]
+    samples_note: str
     caveats: list[str]
     models: dict[str, dict[str, str]]
     commands: list[str]
@@ -57,8 +58,6 @@ def make_page(
     rows = flatten(results, price_per_hour or 1.0)
     tasks = list(dict.fromkeys(task for result in results for task in result["tasks"]))
     panels = [panel(number, task, results, rows) for number, task in enumerate(tasks, 1)]
-    # A gain is never told without what it must beat.
-    assert not verdict.claims_gain(results) or any(one.controls.lines for one in panels)
     return Page(
         title=title or f"What depth buys {main['parent']}",
         headline=verdict.headline(results),
@@ -68,6 +67,7 @@ def make_page(
         panels=panels,
         sections=[*training(results), *states_of(results)],
         samples=groups(results, num_samples),
+        samples_note=_samples_note(results),
         caveats=verdict.caveats(results),
         models=_models(rows),
         commands=_commands(results, command),
@@ -86,6 +86,13 @@ def _story(model: Json) -> str:
         f"became the core, which runs r times ({model['injection']} injection, state starts from "
         f"{model['state_init']}, {model['parameters']:,} parameters)."
     )
+
+
+def _samples_note(results: Sequence[Json]) -> str:
+    seeds = max(len(result["conditions"]["seeds"]) for result in results)
+    if seeds == 1:
+        return ""
+    return f"Of {seeds} seeds these are the answers of the first; the values above are their mean."
 
 
 def _price_note(price_per_hour: float | None) -> str:

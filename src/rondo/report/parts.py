@@ -23,6 +23,11 @@ class Figure:
     axes: dict[Any, Json]
     """What replaces the encoding of x, by the axis."""
 
+    @property
+    def title(self) -> str:
+        """What the still picture shows."""
+        return next(iter(self.specs.values()))["description"]
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -45,10 +50,9 @@ class Section:
     tables: list[Table]
 
 
-def draw(file: str, charts: dict[str, Any], axes: dict[Any, Json] | None = None) -> Figure:
+def draw(file: str, charts: dict[str, Json], axes: dict[Any, Json] | None = None) -> Figure:
     """Render charts by what is drawn upwards; the first is the still picture."""
-    svg = plots.to_svg(next(iter(charts.values())))
-    return Figure(file, svg, {name: plots.to_spec(c) for name, c in charts.items()}, axes or {})
+    return Figure(file, plots.to_svg(next(iter(charts.values()))), charts, axes or {})
 
 
 def tabulate(title: str, findings: Iterable[Finding]) -> Table:
@@ -68,8 +72,9 @@ def training_cost(model: Json) -> str:
     if training["flops"] is None and training["flops_paper"]:
         flops = f"{training['flops_paper']:.3g} FLOPs in the paper's account"
     time = f", {training['seconds']:,.0f} s" if training["seconds"] else ""
+    seed = "seed not known" if training["seed"] is None else f"seed {training['seed']}"
     return (
         f"Trained on {words.number(training['tokens'], ',')} tokens of {training['data']} in "
         f"{words.number(training['steps'], ',')} steps: {flops}{time} (loss "
-        f"{training['loss']}{depth}, seed {words.number(training['seed'], 'd')})."
+        f"{training['loss']}{depth}, {seed})."
     )

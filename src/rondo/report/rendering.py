@@ -11,9 +11,9 @@ import jinja2
 from rondo import plots
 from rondo.report import words
 from rondo.report.page import Page
+from rondo.report.panels import PRICE, Panel
 from rondo.report.parts import Figure, Line, Section, Table
 from rondo.report.samples import Group
-from rondo.report.tasks import PRICE, Panel
 
 _STYLES = {"Yes": "yes", "Not shown": "open", "Not known": "open", "No": "no"}
 _TIMES = {"prelude": "once", "core": "r times", "coda": "once"}
@@ -53,7 +53,7 @@ def to_markdown(page: Page) -> str:
     for section in page.sections:
         blocks += _section(section)
     for group in page.samples:
-        blocks += _samples(group)
+        blocks += [*_samples(group), page.samples_note]
     blocks += ["## What to keep in mind", _bullets([*page.caveats, page.price_note])]
     names = dict.fromkeys(name for facts in page.models.values() for name in facts)
     facts = [[name, *(f.get(name, "-") for f in page.models.values())] for name in names]
@@ -67,7 +67,7 @@ def _task(panel: Panel) -> Iterable[str]:
     yield f"## {escape(panel.task)}"
     yield escape(panel.about)
     for figure in panel.figures:
-        yield _picture(panel.task, figure)
+        yield _picture(figure)
     yield _bullets(f"{question} {word}: {rest}" for question, word, rest in panel.answers)
     for table in (*panel.tables, *panel.measures, panel.controls):
         yield from _table(table)
@@ -76,7 +76,7 @@ def _task(panel: Panel) -> Iterable[str]:
 def _section(section: Section) -> Iterable[str]:
     yield f"## {escape(section.title)}"
     for figure in section.figures:
-        yield _picture(section.title, figure)
+        yield _picture(figure)
     yield _bullets(section.notes)
     for table in section.tables:
         yield from _table(table)
@@ -95,8 +95,8 @@ def _samples(group: Group) -> Iterable[str]:
         )
 
 
-def _picture(title: str, figure: Figure) -> str:
-    return f"![{escape(title)}]({figure.file})"
+def _picture(figure: Figure) -> str:
+    return f"![{escape(figure.title)}]({figure.file})"
 
 
 def _table(table: Table) -> Iterable[str]:

@@ -13,12 +13,13 @@ from rondo.report.parts import Json, Line, Section, Table, draw, tabulate, train
 # More points than this are not seen apart in a chart, nor lines of a table read.
 _MOST_POINTS, _MOST_LINES = 150, 12
 _STATE_MEASURES: tuple[plots.StateMeasure, ...] = ("step", "kl_to_last", "loss")
-_BEHAVIOURS = {
-    "settles": "the state settles: each iteration moves it less than the one before",
-    "orbits": "the state orbits: it keeps moving, and comes back on itself",
-    "drifts": "the state drifts: it keeps moving the same way",
-    "unclear": "too few iterations to say what the state does",
-    "diverges": "the state diverges: its movements grow",
+# As `evaluation.states.behaviour` defines them.
+BEHAVIOURS = {
+    "settles": "the state settles: its movements shrink, or its last step is next to nothing",
+    "orbits": "the state orbits: it keeps moving, and not one way; it circles, swings, or wanders",
+    "drifts": "the state drifts: it keeps moving, and one way",
+    "diverges": "the state diverges: its movements grow, or a number in it is none",
+    "unclear": "fewer than three iterations, too few to say what the state does",
 }
 
 
@@ -103,7 +104,7 @@ def states_of(results: Sequence[Json]) -> list[Section]:
     rows, notes, lines = [], [], []
     for result in having:
         model, states = result["model"], result["states"]
-        behaviour = _BEHAVIOURS.get(states["behaviour"], states["behaviour"])
+        behaviour = BEHAVIOURS[states["behaviour"]]
         notes.append(
             f"{model['label']}: {behaviour} (gain {words.number(states['gain'], '.3g')} per "
             f"iteration, {states['tokens']:,} tokens of {states['text']})."

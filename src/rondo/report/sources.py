@@ -99,22 +99,40 @@ def flatten(results: Iterable[Json], price_per_hour: float = 1.0) -> list[Json]:
     """
     rows = []
     for result in results:
-        model, conditions = result["model"], result["conditions"]
-        training = model["training"] or {}
-        facts = {"model": model["label"]}
-        facts |= {key: model[key] for key in _MODEL if key != "label"}
-        facts |= {f"training_{key}": training.get(key) for key in _TRAINING}
-        facts |= {key: conditions[key] for key in _CONDITIONS}
-        facts["versions"] = ", ".join(f"{k} {v}" for k, v in conditions["versions"].items())
-        facts["seeds"] = ", ".join(map(str, conditions["seeds"]))
         for row in result["rows"]:
-            task = result["tasks"][row["task"]]
-            about = {key: task[key] for key in _TASK if key not in ("metric", "kind")}
             ms = row["ms_per_token"]
             price = None if ms is None else ms * price_per_hour / _MS_PER_HOUR_AND_MILLION
-            facts_of_task = {"price": price, "kind": task["kind"]} | facts | about
-            rows.append({"model": model["label"]} | row | facts_of_task)
+            rows.append({"model": None} | row | {"price": price} | _facts(result, row["task"]))
     return rows
+
+
+def flatten_checkpoints(results: Iterable[Json]) -> list[Json]:
+    """Return every score of every checkpoint likewise, with `checkpoint_step` and `_flops`."""
+    return [
+        {"model": None, "task": task, "metric": result["tasks"][task]["metric"]}
+        | {"num_recurrences": int(depth), "value": score}
+        | {"checkpoint_step": point["step"], "checkpoint_flops": point["flops"]}
+        | _facts(result, task)
+        for result in results
+        for point in result["model"].get("checkpoints") or ()
+        for task, scores in point["scores"].items()
+        if task in result["tasks"]
+        for depth, score in scores.items()
+    ]
+
+
+def _facts(result: Json, task: str) -> Json:
+    """Return all conditions of the rows of a task."""
+    model, conditions = result["model"], result["conditions"]
+    training = model["training"] or {}
+    facts = {"kind": result["tasks"][task]["kind"], "model": model["label"]}
+    facts |= {key: model[key] for key in _MODEL if key != "label"}
+    facts |= {f"training_{key}": training.get(key) for key in _TRAINING}
+    facts |= {key: conditions[key] for key in _CONDITIONS}
+    facts["versions"] = ", ".join(f"{k} {v}" for k, v in conditions["versions"].items())
+    facts["seeds"] = ", ".join(map(str, conditions["seeds"]))
+    about = (key for key in _TASK if key not in ("metric", "kind"))
+    return facts | {key: result["tasks"][task][key] for key in about}
 
 
 def _read(directory: Path) -> list[Json]:
@@ -207,7 +225,8 @@ def _check_same_items(results: Sequence[Json]) -> None:
                 names = [f"{one['directory']} ({one['model']['label']})" for one in (other, result)]
                 raise UserError(
                     f"{task} was measured on other items in {names[1]} than in {names[0]}; run "
-                    "rondo eval on both with the same data, --limit and --seq-len"
+                    "rondo eval on both with the same data, --limit, --seq-len and solved examples "
+                    "(losses of models with different tokenizers cannot be compared by token)"
                 )
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rondo.evaluation.comparisons import is_share
+
 NONE = "-"
 
 
@@ -33,25 +35,30 @@ def number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
 
 
-def score(value: float | None, kind: str, stderr: float | None = None) -> str:
-    """Write a loss in nats, or a share in percent, with its standard error where given."""
+def score(value: float | None, metric: str, stderr: float | None = None) -> str:
+    """Write a share in percent, and any other value as it is, with its standard error if given."""
     if value is None or not math.isfinite(value):
         return "no finite value"
-    # A task may report more than shares, such as a perplexity.
-    share = kind != "loss" and abs(value) <= 1
-    factor, form, unit = (100, ".1f", "%") if share else (1, ".4f", "")
+    factor, form, unit = (100, ".1f", "%") if is_share(metric) else (1, ".4f", "")
     error = "" if stderr is None else f" \u00b1 {factor * stderr:{form}}"
     return f"{factor * value:{form}}{error}{unit}"
 
 
 def interval(value: float | None, low: float | None, high: float | None, unit: str) -> str:
-    """Write a number with what it is known to."""
+    """Write a number to two digits of what it is known to, and percentages to a tenth."""
     if value is None:
         return "not known"
-    around = ""
-    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-        around = f" ({low:.4g} to {high:.4g})"
-    return f"{value:.4g}{around} {unit}".rstrip()
+    known = low is not None and high is not None and math.isfinite(high - low)
+    if not known or low == high:
+        return f"{value:.4g}{f' ({low:.4g} to {high:.4g})' if known else ''} {unit}".rstrip()
+    digits = max(0, 1 - math.floor(math.log10(high - low)))
+    if unit in ("points", "% of items"):
+        digits = 1
+    elif all(float(one).is_integer() for one in (value, low, high)):
+        digits = 0
+    # Adding 0 makes a rounded -0.0 plain.
+    center, begin, end = (f"{round(one, digits) + 0:.{digits}f}" for one in (value, low, high))
+    return f"{center} ({begin} to {end}) {unit}".rstrip()
 
 
 def plain(value: Any) -> str:

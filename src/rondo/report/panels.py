@@ -9,12 +9,15 @@ from typing import Any
 
 from rondo import plots, verdict
 from rondo.evaluation import controls, fits, measures
+from rondo.evaluation.comparisons import Finding, is_share
 from rondo.report import words
 from rondo.report.parts import Figure, Json, Table, draw, tabulate
 
 # What answers begin with ("No" last, as others begin with it).
 WORDS = ("Yes", "Not shown", "Not known", "No")
 PRICE = "price per million tokens"
+# What must stand beside a claimed gain.
+_CONTROLS = ("blind depth", "static twin", "parent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class Panel:
 
     task: str
     about: str
-    word: str
+    marks: list[tuple[str, str]]
+    """What is asked in two words, and the word of the answer; the weightiest first."""
     glance: str
     spark: str
     """Points of a small curve in a box of 100 x 30."""
@@ -50,20 +54,29 @@ def panel(number: int, task: str, results: Sequence[Json], rows: Sequence[Json])
         for question, given in verdict.judge(having)
         for answer in given
     ]
+    findings = controls.depth_controls(having, task)
+    if any(word == "Yes" for _, word, _ in answers):
+        demand_controls(task, findings)
     equivalence = fits.recurrence_equivalence(having, task)
-    findings = [*controls.depth_controls(having, task), *([equivalence] if equivalence else [])]
+    share = is_share(facts["metric"])
+    checkpoints = _checkpoints(task, having)
+    figures = _depth_figures(number, drawn, plots.measures_of(facts, share), fitted)
+    tables = [_numbers(here, facts["kind"])]
+    if checkpoints:
+        tables.append(_checkpoint_table(checkpoints, facts["metric"]))
+    if checkpoints and share:
+        chart = plots.checkpoints_chart(checkpoints, task, f"{facts['metric']} (%)")
+        name = f"checkpoints-{number}-{_slug(task)}.svg"
+        figures.append(draw(name, {facts["metric"]: chart}))
     return Panel(
         task=task,
         about=_about(facts),
-        word=answers[0][1] if answers else "Not known",
+        marks=_marks(answers),
         glance=_glance(curve, facts),
         spark=_spark([row["value"] for row in curve], facts["higher_is_better"]),
         answers=answers,
-        figures=[
-            *_depth_figures(number, drawn, facts, fitted),
-            *_checkpoint_figures(number, task, having),
-        ],
-        tables=[_numbers(here, facts["kind"])],
+        figures=figures,
+        tables=tables,
         measures=[
             tabulate(
                 f"What depth does: {label}",
@@ -72,8 +85,21 @@ def panel(number: int, task: str, results: Sequence[Json], rows: Sequence[Json])
             for result in recurrent
             for label in [result["model"]["label"]]
         ],
-        controls=tabulate("What a gain must beat", findings),
+        controls=tabulate(
+            "What a gain must beat", [*findings, *([equivalence] if equivalence else [])]
+        ),
     )
+
+
+def demand_controls(task: str, findings: Iterable[Finding]) -> None:
+    """Insist that a claimed gain stands beside its controls, measured or said to be unknown."""
+    told = {
+        found.name
+        for found in findings
+        if found.value is not None or found.sentence.startswith("Not known")
+    }
+    lacking = [name for name in _CONTROLS if name not in told]
+    assert not lacking, f"{task} claims a gain without its controls: {', '.join(lacking)}"
 
 
 def _split_word(answer: str, task: str) -> tuple[str, str]:
@@ -82,10 +108,25 @@ def _split_word(answer: str, task: str) -> tuple[str, str]:
     return word, answer.removeprefix(word).removeprefix(f" on {task}").lstrip(": ")
 
 
+def _marks(answers: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """Pick what a tile has room for: whether depth beats the static twin, and whether r = 1."""
+    asked = (
+        ("beats twin", "Is the best depth better than the static twin"),
+        ("depth helps", "After training, does depth help"),
+    )
+    return [
+        (mark, word)
+        for mark, begin in asked
+        for question, word, _ in answers
+        if question.startswith(begin)
+    ]
+
+
 def _about(facts: Json) -> str:
     what = ", ".join(dict.fromkeys([facts["kind"], facts["metric"]]))
     size = f", {facts['tokens']:,} tokens" if facts.get("tokens") else ""
-    shots = f", {facts['num_fewshot']} solved examples before each" if facts["num_fewshot"] else ""
+    few = facts["num_fewshot"]
+    shots = f", {few} solved example{'s' if few > 1 else ''} before each" if few else ""
     chance = f", chance {facts['chance']:.0%}" if facts["chance"] else ""
     known = f"sha256 {facts['sha256'][:12]}" if facts["sha256"] else "as published, without items"
     return f"{what}, {facts['items']:,} items{size}{shots}{chance}, {facts['source']}, {known}"
@@ -98,10 +139,10 @@ def _glance(curve: Sequence[Json], facts: Json) -> str:
         return "no finite value"
     best_of = max if facts["higher_is_better"] else min
     best = best_of(finite, key=lambda row: row["value"])
-    value = words.score(best["value"], facts["kind"])
+    value = words.score(best["value"], facts["metric"])
     if len(finite) < 2 or best is finite[0]:
         return f"r = {best['num_recurrences']}: {value}"
-    first = words.score(finite[0]["value"], facts["kind"])
+    first = words.score(finite[0]["value"], facts["metric"])
     return f"{first} to {value} at r = {best['num_recurrences']}"
 
 
@@ -120,10 +161,12 @@ def _spark(values: Sequence[float | None], higher_is_better: bool) -> str:
 
 
 def _depth_figures(
-    number: int, rows: Sequence[Json], facts: Json, fitted: dict[str, Any]
+    number: int,
+    rows: Sequence[Json],
+    drawable: Sequence[plots.Measure],
+    fitted: dict[str, Any],
 ) -> list[Figure]:
     """Draw a task: what was trained, and then what was not if one scale cannot hold both."""
-    drawable = plots.measures_of(facts)
     name = f"{number}-{_slug(rows[0]['task'])}"
     figures: list[Figure] = []
     seen: set[str] = set()
@@ -147,20 +190,29 @@ def _depth_figures(
     return figures
 
 
-def _checkpoint_figures(number: int, task: str, results: Sequence[Json]) -> list[Figure]:
-    """Draw what training bought, where checkpoints were scored."""
-    rows = [
+def _checkpoints(task: str, results: Sequence[Json]) -> list[Json]:
+    """Collect what the training had bought at each scored step, at the trained depth."""
+    return [
         {"model": model["label"], "role": model["role"], "stage": model["stage"]}
         | {"flops": flops, "num_recurrences": depth, "step": step, "value": score}
         for result in results
         for model in [result["model"]]
         for flops, depth, step, score in controls.checkpoint_scores(result, task)
     ]
-    if not rows or results[0]["tasks"][task]["kind"] == "loss":
-        return []
-    metric = results[0]["tasks"][task]["metric"]
-    chart = plots.checkpoints_chart(rows, task, f"{metric} (%)")
-    return [draw(f"checkpoints-{number}-{_slug(task)}.svg", {"": chart})]
+
+
+def _checkpoint_table(rows: Sequence[Json], metric: str) -> Table:
+    lines = [
+        [
+            row["model"],
+            f"{row['step']:,}",
+            words.si(row["flops"]),
+            str(row["num_recurrences"]),
+            words.score(row["value"], metric),
+        ]
+        for row in rows
+    ]
+    return Table("Table of checkpoints", ["model", "step", "training FLOPs", "r", metric], lines)
 
 
 def _slug(task: str) -> str:
@@ -192,9 +244,11 @@ def _numbers(rows: Sequence[Json], kind: str) -> Table:
         "model": lambda row: row["model"],
         "metric": lambda row: row["metric"],
         "r": lambda row: str(row["num_recurrences"]),
-        "value \u00b1 stderr": lambda row: words.score(row["value"], kind, row["stderr"]),
+        "value \u00b1 stderr": lambda row: words.score(row["value"], row["metric"], row["stderr"]),
         "bits per byte": lambda row: words.number(row.get("bits_per_byte"), ".4f"),
-        "each seed": lambda row: ", ".join(words.score(v, kind) for v in row["seed_values"]),
+        "each seed": lambda row: ", ".join(
+            words.score(value, row["metric"]) for value in row["seed_values"]
+        ),
         "FLOPs per token": lambda row: words.si(row["flops_per_token"]),
         "KV bytes per token": lambda row: words.number(row["kv_bytes_per_token"], ",.0f"),
         "ms per token": lambda row: words.number(row["ms_per_token"], ".3g"),

@@ -17,6 +17,7 @@ from rondo.evaluation.controls import (
     equal_flops_losses,
     find,
     lacking,
+    present,
     rival,
     spoken,
     training_ratio,
@@ -67,6 +68,10 @@ def judge(results: Sequence[Json]) -> list[Judgement]:
     elif not rival(results, "static twin", after):
         reason = f"Not known: {lacking(results, 'static twin')}."
         judged.insert(1, ("Is the best depth better than plain training?", [reason]))
+    for name in ("parent", "random twin", "self-consistency"):
+        if present(results, name) and not rival(results, name, subject(results)):
+            reason = f"Not known: {lacking(results, name)}."
+            judged.append((f"Is the best depth better than the {name}?", [reason]))
     return judged
 
 

@@ -76,6 +76,7 @@ def test_a_model_is_measured_beside_its_parent_and_its_static_twin(
     assert parent["model"]["curve"] == []
     assert [one["iteration"] for one in ours["states"]["iterations"]] == [1, 2, 3]
     assert parent["states"] is None
+    assert {one["model"]["parent"] for one in results} == {"parent"}
     assert rondo("report", tmp_path / "eval", "--output-dir", tmp_path / "report") == 0
     assert (tmp_path / "report" / "report.html").is_file()
 
@@ -215,6 +216,14 @@ def test_answers_are_kept_where_questions_are_long(made: Path, tmp_path: Path) -
     (result,) = json_of(tmp_path / "eval" / "results.json")["results"]
     assert result["tasks"]["gsm8k_answers"]["tokens"] == len(" It is 4.")
     assert result["tasks"]["gsm8k_answers"]["truncated"] == 1
+
+
+def test_a_parent_that_lies_elsewhere_is_still_the_parent(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "parent", tmp_path / "moved")
+    words = ("--recurrences", 1, "--limit", 2, "--against", f"parent={tmp_path / 'moved'}")
+    ours, parent = measure(made, tmp_path / "eval", "out/run", *words)
+    assert parent["model"]["parent"] == ours["model"]["parent"] == "parent"
+    assert parent["model"]["path"] == str(tmp_path / "moved")
 
 
 def test_seeds_that_decide_nothing_are_not_claimed(made: Path, tmp_path: Path) -> None:

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from synthetic import make_result
@@ -58,6 +56,9 @@ def test_depth_law_of_an_accuracy_rises_to_its_limit() -> None:
         ({1: 2.0, 2: 1.9, 4: 1.88}, 60, "it takes 4 depths, and 3"),
         (dict.fromkeys(DEPTHS, 2.0), 60, "flat within its errors"),
         ({1: 2.0, 2: 1.9, 4: 1.7, 8: 1.3}, 60, "without bending"),
+        ({1: 2.0, 2: 1.8, 4: 1.75, 8: 1.74, 16: 1.79}, 100, "r = 16 being worse than r = 8"),
+        ({1: 2.0, 2: 1.9, 4: 1.9, 8: 1.9, 16: 1.9}, 100, "a step at its first point"),
+        ({1: 2.0, 2: 1.99, 4: 1.8, 8: 1.79, 16: 1.785}, 100, "of another shape"),
         ({r: law(r) for r in DEPTHS}, 6, "6 items are too few"),
     ],
 )
@@ -76,6 +77,19 @@ def test_depth_law_leaves_out_a_diverged_depth() -> None:
     fit, _ = depth_fit(result, "text")
     assert fit is not None
     assert fit.num_points == 4
+
+
+def test_depth_law_is_rarely_refused_where_it_holds() -> None:
+    refused = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        result = make_result(tasks={"text": {r: law(r) for r in DEPTHS}}, num_items=100)
+        for depth in DEPTHS:
+            items = np.array([law(depth)] * 100) + rng.normal(0, 0.05, 100)
+            result["items"]["text"]["values"][str(depth)] = items.tolist()
+        result["items"]["text"]["weights"] = [1] * 100
+        refused += depth_fit(result, "text")[0] is None
+    assert refused <= 6
 
 
 def test_training_law_recovers_a_noisy_curve() -> None:
@@ -147,7 +161,7 @@ def test_recurrence_equivalence_recovers_the_worth_of_a_loop(phi: float, tokens:
     assert found is not None
     assert found.low <= phi <= found.high
     assert found.high - found.low < 0.3
-    assert ("buys nothing" in found.sentence) == (phi < 1 or "1 as good" in found.sentence)
+    assert ("not told from looping that buys nothing" in found.sentence) == (phi == 0)
 
 
 def test_noisy_runs_widen_the_interval_of_a_loop() -> None:
@@ -169,13 +183,9 @@ def test_recurrence_equivalence_needs_runs_that_can_tell() -> None:
     assert recurrence_equivalence(same_depth, "text") is None
     untrained = [run | {"model": run["model"] | {"training": None}} for run in enough]
     assert recurrence_equivalence(untrained, "text") is None
+    twins = [run | {"model": run["model"] | {"role": "random"}} for run in enough]
+    assert recurrence_equivalence([enough[0], *twins], "text") is None
+    strangers = [run | {"model": run["model"] | {"parent": "other"}} for run in enough]
+    assert recurrence_equivalence([*enough[:4], *strangers], "text") is None
     accuracies = [make_result(tasks={"acc-x": {1: 0.5, 2: 0.6}}) for _ in range(8)]
     assert recurrence_equivalence(accuracies, "acc-x") is None
-
-
-def test_fits_take_less_than_a_second() -> None:
-    result = make_result(tasks={"text": {r: law(r) for r in DEPTHS}}, num_items=500)
-    started = time.perf_counter()
-    depth_fit(result, "text")
-    training_fit(with_curve([law(step) for step in range(1, 2001)]))
-    assert time.perf_counter() - started < 2

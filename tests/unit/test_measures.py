@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic import make_result, published
 
-from rondo.evaluation.comparisons import Finding, Json, measure, paired_bootstrap
+from rondo.evaluation.comparisons import Finding, Json, is_share, measure, paired_bootstrap
 from rondo.evaluation.measures import depth_measures, knees, wilson
 
 GAIN = {1: 2.0, 2: 1.9, 4: 1.88, 8: 1.885}
@@ -37,7 +37,7 @@ def test_a_falling_loss_is_a_gain_and_so_is_a_rising_accuracy() -> None:
     accuracy = measures(make_result(tasks={"acc-x": {1: 0.4, 2: 0.5}}, num_items=100), "acc-x")
     assert accuracy["total gain"].value == pytest.approx(10)
     assert accuracy["total gain"].unit == "points"
-    assert "r = 2 is better than r = 1 by 10.0 points" in accuracy["total gain"].sentence
+    assert "r = 2 is 10.0 points better than r = 1" in accuracy["total gain"].sentence
     assert accuracy["best depth"].value == 2
     assert "(50.0%)" in accuracy["best depth"].sentence
 
@@ -46,8 +46,103 @@ def test_a_harmful_depth_is_worse_and_not_hidden_by_the_best() -> None:
     found = of_losses({1: 1.9, 2: 2.0, 4: 2.1})
     assert found["best depth"].value == 1
     assert found["total gain"].value == pytest.approx(-0.1, abs=0.01)
-    assert "r = 2, the best of 2 deeper ones, is worse than r = 1" in found["total gain"].sentence
+    said = found["total gain"].sentence
+    assert said.startswith("r = 2, the best of 2 deeper ones, is 0.0")
+    assert "nats per token worse than r = 1" in said
     assert found["knee"].value is None
+
+
+def shifted(change: float) -> Json:
+    """Documents that are all better by the same at each further depth."""
+    result = make_result(tasks={"math-test": {1: 2.0, 2: 2.0, 4: 2.0}}, num_items=60)
+    items = result["items"]["math-test"]
+    first, weights = (np.array(one) for one in (items["values"]["1"], items["weights"]))
+    for step, depth in enumerate(("1", "2", "4")):
+        items["values"][depth] = (first - step * change * weights).tolist()
+    return result
+
+
+def test_a_difference_of_rounding_counts_as_none_however_sure() -> None:
+    found = measures(shifted(1e-6))
+    gain = found["gain 1 to 2"]
+    assert gain.low == pytest.approx(1e-6, abs=1e-9)
+    assert gain.sentence.startswith("Not shown")
+    assert "below 0.0001 it is no difference that counts" in gain.sentence
+    assert "No depth stands out: r = 1, 2, 4 are" in found["best depth"].sentence
+    assert found["knee"].value is None
+    assert found["documents better"].value == 0
+    assert "0.0010 nats per token better" in measures(shifted(1e-3))["gain 1 to 2"].sentence
+
+
+def test_depths_that_tie_leave_none_that_stands_out() -> None:
+    tied = of_answers("1000", "1100", "0110")["best depth"]
+    assert tied.value is None
+    assert "No depth stands out: r = 2, 4 are the best alike (50.0%)" in tied.sentence
+
+
+def test_best_depth_and_practical_knee_of_few_items_are_not_made_much_of() -> None:
+    few = make_result(tasks={"acc-x": {1: 0.2, 2: 0.5, 4: 0.9}}, num_items=6)
+    found = measures(few, "acc-x")
+    assert found["best depth"].low is None
+    assert "6 items are too few" in found["best depth"].sentence
+    assert found["practical knee"].value is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "share"),
+    [
+        ("acc_norm", True),
+        ("exact_match,strict-match", True),
+        ("math_verify", True),
+        ("f1", True),
+        ("pass@1", True),
+        ("bits_per_byte", False),
+        ("word_perplexity", False),
+        ("loss", False),
+        ("bleu", False),
+    ],
+)
+def test_shares_are_told_from_other_metrics_by_name(metric: str, share: bool) -> None:
+    assert is_share(metric) == share
+
+
+def test_a_metric_that_is_no_share_keeps_its_unit() -> None:
+    result = make_result(tasks={"text": {1: 0.85, 2: 0.80}}, num_items=60)
+    result["tasks"]["text"] |= {"metric": "bits_per_byte", "kind": "likelihood"}
+    for row in result["rows"]:
+        row["metric"] = "bits_per_byte"
+    found = measures(result, "text")
+    assert found["total gain"].unit == "bits per byte"
+    assert found["total gain"].value == pytest.approx(0.05, abs=0.01)
+    assert "0.8000 bits per byte" in found["best depth"].sentence or "0.7" in (
+        found["best depth"].sentence
+    )
+    assert "documents better" in found
+
+
+def test_seeds_are_told_with_how_far_they_lie_apart() -> None:
+    result = make_result(tasks={"acc-x": {1: 0.2, 2: 0.5}})
+    assert "spread over seeds" not in measures(result, "acc-x")
+    for row in result["rows"]:
+        row["seed_values"] = [0.48, 0.50, 0.53]
+    spread = measures(result, "acc-x")["spread over seeds"]
+    assert spread.value == pytest.approx(5)
+    assert "At r = 2 the 3 seeds gave 48.0% to 53.0%" in spread.sentence
+
+
+def test_knee_pays_for_the_choice_of_the_best_depth() -> None:
+    # The best of ten depths lies above r = 1 by what one comparison would just call a gain.
+    rng = np.random.default_rng(0)
+    result = make_result(tasks={"text": dict.fromkeys(range(1, 12), 2.0)}, num_items=100)
+    noise = rng.normal(0, 0.3, (11, 100))
+    noise -= noise.mean(1, keepdims=True)
+    noise[5] -= 2.4 * math.hypot(noise[5].std(), noise[0].std()) / 10
+    result["items"]["text"] = {
+        "weights": [1] * 100,
+        "values": {str(r): (2 + noise[r - 1]).tolist() for r in range(1, 12)},
+    }
+    assert measures(result, "text")["gain 5 to 6"].low > 0
+    assert measures(result, "text")["knee"].value is None
 
 
 def test_marginal_gains_add_up_and_each_has_an_interval() -> None:
@@ -62,7 +157,7 @@ def test_marginal_gains_add_up_and_each_has_an_interval() -> None:
 def test_marginal_gain_of_a_flat_curve_is_nothing() -> None:
     found = of_losses(FLAT)["gain 1 to 2"]
     assert found.low < 0 < found.high
-    assert "not shown to differ" in found.sentence
+    assert found.sentence.startswith("Not shown: the gain of r = 2 over r = 1")
     assert "may be chance" in found.sentence
 
 
@@ -108,7 +203,7 @@ def test_rates_count_what_deeper_loops_spoil_and_mend() -> None:
     assert found["overthinking rate"].value == 50
     assert found["self-correction rate"].value == 25
     assert "the 25.0% that go the other way" in found["self-correction rate"].sentence
-    assert "by chance as many" in found["self-correction rate"].sentence
+    assert "not shown to differ from the 25.0%" in found["self-correction rate"].sentence
     assert "more than" in of_answers("0000", "0110", "1111")["self-correction rate"].sentence
     assert "documents better" not in found
 
@@ -123,7 +218,7 @@ def test_losses_have_a_share_of_documents_instead_of_rates() -> None:
     found = of_losses(GAIN)
     assert found["documents better"].value > 95
     assert "more than half" in found["documents better"].sentence
-    assert "about half" in of_losses(FLAT)["documents better"].sentence
+    assert "not shown to differ from half" in of_losses(FLAT)["documents better"].sentence
     assert "overthinking rate" not in found
 
 
@@ -143,7 +238,8 @@ def test_oracle_is_the_best_of_each_item_and_says_it_is_a_bound() -> None:
 def test_stability_looks_up_to_four_times_the_trained_depth() -> None:
     fallen = of_losses({1: 2.0, 2: 1.8, 4: 1.85, 8: 1.9, 16: 1.0})["stability"]
     assert fallen.value == pytest.approx(-0.1, abs=0.01)
-    assert "r = 8 is worse than r = 2" in fallen.sentence
+    assert fallen.sentence.startswith("r = 8, beyond the trained depth, is 0.1")
+    assert "worse than r = 2" in fallen.sentence
     assert of_losses({1: 2.0, 2: 1.8, 16: 1.0})["stability"].value is None
     assert of_losses({1: 2.0, 4: 1.9}, model={"trained_recurrence": 3})["stability"].value is None
     near = of_losses({1: 2.0, 4: 1.9, 8: 1.9}, model={"trained_recurrence": 3.6})["stability"]
@@ -253,6 +349,16 @@ def test_without_items_one_sentence_stands_for_all_that_they_would_tell() -> Non
     found = measures(published(make_result(tasks={"acc-x": {1: 0.2, 4: 0.5}})), "acc-x")
     assert "no items" in found["items"].sentence
     assert not {"overthinking rate", "self-correction rate", "oracle depth"} & set(found)
+
+
+def test_a_published_share_of_none_is_not_known_for_sure() -> None:
+    result = published(make_result(tasks={"acc-x": {1: 0.0, 4: 0.0}}, num_items=100))
+    assert all(row["stderr"] == 0 for row in result["rows"])
+    gain = measures(result, "acc-x")["gain 1 to 4"]
+    assert gain.low is not None
+    assert gain.low < -1
+    few = published(make_result(tasks={"acc-x": {1: 0.0, 4: 1.0}}, num_items=6))
+    assert measures(few, "acc-x")["gain 1 to 4"].low is None
 
 
 def test_a_published_value_without_its_error_is_left_out() -> None:

@@ -1,6 +1,5 @@
 """The report, on synthetic results whose truth is known."""
 
-import copy
 import csv
 import json
 import re
@@ -16,7 +15,7 @@ from rondo import plots, report
 from rondo.config import ReportConfig
 from rondo.errors import UserError
 from rondo.evaluation.fits import depth_fit
-from rondo.report import card, page, samples
+from rondo.report import page, samples
 from rondo.report.sources import flatten, load
 
 Json = dict[str, Any]
@@ -130,6 +129,18 @@ def test_page_follows_the_training_and_the_state(written: Path) -> None:
     assert "the state settles" in text
     assert "equal training FLOPs, against static twin" in text
     assert len(charts_of(written)) == text.count("<figure") == 3 + 1 + 3
+
+
+def test_page_can_be_heard(written: Path) -> None:
+    text = own_text(written)
+    assert '<th scope="col">' in text
+    assert "<th>" not in text
+    titles = [next(iter(chart["specs"].values()))["description"] for chart in charts_of(written)]
+    heard = re.findall(r'<figure [^>]*aria-label="([^"]+)"', text)
+    assert heard == titles
+    # Without a value the attribute means that a tile is not the current one.
+    assert 'setAttribute("aria-current", "true")' in text
+    assert 'toggleAttribute("aria' not in text
 
 
 def test_csv_has_the_rows_that_came_in(written: Path) -> None:
@@ -255,24 +266,6 @@ def test_one_model_and_missing_times_are_enough(tmp_path: Path) -> None:
     assert "nothing was converted" in own_text(tmp_path / "out")
 
 
-def test_a_diverged_depth_is_left_out_of_figures_but_not_of_tables() -> None:
-    result = make_result(
-        "recurrent", "before", {"math-test": {1: 2.0, 2: 2.1, 4: 2.2}}, states=None
-    )
-    result["rows"][2] |= {
-        "value": None,
-        "stderr": None,
-        "bits_per_byte": None,
-        "seed_values": [None],
-    }
-    result["items"]["math-test"]["values"]["4"][3] = None
-    said = page.make_page([result | {"samples": []}], None, "rondo report")
-    (panel,) = said.panels
-    spec = panel.figures[0].specs["nats per token"]
-    assert [row["num_recurrences"] for row in spec["datasets"]["points"]] == [1, 2]
-    assert [line[2] for line in panel.tables[0].lines][2] == "no finite value"
-
-
 def test_tasks_need_not_be_the_same(tmp_path: Path) -> None:
     files = (make_file(small()), make_file(make_result("static", "after", {"acc": {1: 0.3}})))
     said = page.make_page(load(write(tmp_path, *files)), None, "rondo report")
@@ -352,6 +345,7 @@ def test_bad_results_are_refused_by_name(tmp_path: Path, complaint: str) -> None
     assert directories[1] in str(error.value)
     if "items" in complaint and "lacks" not in complaint:
         assert directories[0] in str(error.value)
+        assert "tokenizers" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval-0", "eval-1"]
 
 
@@ -380,62 +374,3 @@ def test_output_is_replaced_only_on_demand_and_never_the_results(tmp_path: Path)
         report.run(
             config.model_copy(update={"overwrite": True, "output_dir": str(tmp_path / "mine")})
         )
-
-
-FRONT = "---\nlibrary_name: transformers\ntags: [rondo]\n---\n# A model\n\nText.\n"
-
-
-@pytest.fixture(scope="module")
-def said() -> tuple[list[Json], page.Page]:
-    results = [one | {"samples": []} for one in make_files()[0]["results"][:2]]
-    return results, page.make_page(results, None, "rondo report")
-
-
-def test_model_card_gets_its_section_once_and_keeps_the_rest(
-    tmp_path: Path, said: tuple[list[Json], page.Page]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(FRONT)
-    card.write(tmp_path, card.updated(tmp_path, *said))
-    first = readme.read_text()
-    assert first.startswith(FRONT)
-    assert "Depth helps on" in first
-    loss = said[0][0]["rows"][0]["value"]
-    assert f"| math-test: loss (nats) | {loss:.4f} \u00b1" in first
-    assert "| acc-arc: acc\\_norm | 40.0 \u00b1 6.4% |" in first
-    assert "| FLOPs per token | 270M | 312M |" in first
-    readme.write_text(first.replace("Depth helps on", "Old words on") + "\n## Later\n")
-    card.write(tmp_path, card.updated(tmp_path, *said))
-    assert readme.read_text() == first + "\n## Later\n"
-
-
-def test_model_card_with_half_a_section_is_refused(
-    tmp_path: Path, said: tuple[list[Json], page.Page]
-) -> None:
-    (tmp_path / "README.md").write_text(f"{FRONT}\n{card.BEGIN}\n")
-    with pytest.raises(UserError, match="only one of"):
-        card.updated(tmp_path, *said)
-
-
-def test_model_card_is_of_the_checkpoint_that_was_measured(
-    tmp_path: Path, said: tuple[list[Json], page.Page]
-) -> None:
-    results = copy.deepcopy(said[0])
-    results[1]["model"]["path"] = str(tmp_path)
-    text = card.updated(tmp_path, results, said[1])
-    assert "| task | r = 1 |\n" in text
-    assert f"{results[1]['rows'][0]['value']:.4f} \u00b1" in text
-
-
-def test_card_of_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    results = write(tmp_path, make_file(small()))
-    (tmp_path / "model").mkdir()
-    config = ReportConfig(
-        results=results, output_dir=str(tmp_path / "out"), card=str(tmp_path / "model")
-    )
-    with pytest.raises(UserError, match=r"no config\.json"):
-        report.run(config)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    report.run(config)
-    assert card.BEGIN in (tmp_path / "model" / "README.md").read_text()

@@ -280,6 +280,11 @@ def test_items_that_are_nowhere(tmp_path: Path) -> None:
     assert "minerva_math_counting_and_prob cannot be had" in said
 
 
+def test_a_suite_can_be_had_without_what_is_missing() -> None:
+    with pytest.raises(UserError, match=r"to go without it: --tasks arc_challenge,hellaswag,piqa"):
+        plan_tasks(EvalConfig(model="x", suite=("knowledge",)))
+
+
 def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
     (tmp_path / "no-cache" / "EleutherAI___hendrycks_math").mkdir(parents=True)
     assert tasks.unreachable("EleutherAI/hendrycks_math") is None

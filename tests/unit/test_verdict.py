@@ -150,14 +150,17 @@ def test_random_twin_is_met_at_its_best() -> None:
         ),
         (
             make_results(HARM, static=1.3),
-            "Depth is shown to help on none of 2 tasks and harms on 2; its best depth beats the "
-            "static twin at equal training FLOPs on none of 2.",
+            "Depth harms on 2 of 2 tasks; its best depth loses to the static twin at equal "
+            "training FLOPs on 2 of 2.",
         ),
         (
             [make_result(tasks={"text": GAIN}), make_result("static", tasks={"text": {1: 1.2}})],
             "Depth helps on text; its best depth loses to the static twin at equal training FLOPs.",
         ),
-        (make_results(NOTHING)[:1], "none of 2 tasks; no static twin was measured."),
+        (
+            make_results(NOTHING)[:1],
+            "Depth is not shown to help on any of 2 tasks; no static twin of its parent",
+        ),
         (make_results(GAIN)[1:], "no trained recurrent model is here"),
     ],
 )
@@ -165,6 +168,92 @@ def test_headline_sums_the_tasks_up(results: list[Json], sentence: str) -> None:
     said = headline(results)
     assert said.endswith(sentence) or sentence in said
     assert len(said.split()) <= 30
+
+
+def test_headline_tells_losses_beside_gains_and_leaves_out_what_is_not_known() -> None:
+    tasks = {"acc-a": {1: 0.4, 2: 0.6}, "acc-b": {1: 0.4, 2: 0.6}, "acc-c": {2: 0.4, 4: 0.6}}
+    twin = make_result("static", tasks={"acc-a": {1: 0.3}, "acc-b": {1: 0.9}})
+    said = headline([make_result(tasks=tasks), twin])
+    assert said.startswith("Depth helps on 2 of 2 tasks (1 not known); its best depth beats the")
+    assert said.endswith("FLOPs on 1 and loses to it on 1 of 2 (1 not known).")
+    del tasks["acc-a"], tasks["acc-b"]
+    assert headline([make_result(tasks=tasks)]).startswith("It is not known whether depth helps;")
+
+
+def test_headline_of_differences_that_chance_explains_claims_neither_side() -> None:
+    said = headline(make_results(NOTHING, static=1.5001))
+    assert said.startswith("Depth is not shown to help on any of 2 tasks; its best depth is not ")
+    assert said.endswith(
+        "not shown to differ from the static twin at equal training FLOPs on any of 2."
+    )
+
+
+def test_a_difference_of_rounding_is_no_yes() -> None:
+    result = make_result(tasks={"text": {1: 2.0, 2: 2.0}})
+    items = result["items"]["text"]
+    first = zip(items["values"]["1"], items["weights"], strict=True)
+    items["values"]["2"] = [value - 1e-6 * weight for value, weight in first]
+    said = answer([result], task="text")
+    assert said.startswith("Not shown on text")
+    assert "no difference that counts" in said
+    assert not claims_gain([result])
+
+
+def test_rivals_best_depth_is_paid_for_as_well() -> None:
+    ours, twin = make_result(tasks={"text": GAIN}), make_result("random", tasks={"text": GAIN})
+    pairs = [one["items"]["text"]["values"]["4"] for one in (twin, ours)]
+    gap = paired_bootstrap(*pairs, ours["items"]["text"]["weights"], choices=9)
+    said = answer([ours, twin], "Is the best depth better than the random", "text")
+    assert f"(95% interval {gap.low:+.4f} to {gap.high:+.4f})" in said
+
+
+def test_a_model_of_another_parent_answers_nothing() -> None:
+    others = [make_result(role, tasks={"text": {1: 3.0}}) for role in ("parent", "static")]
+    for one in others:
+        one["model"]["parent"] = "Llama-70B"
+    judged = judge([make_result(tasks={"text": GAIN}), *others])
+    assert [question for question, _ in judged] == [
+        HELPS,
+        "Is the best depth better than plain training?",
+        "Is the best depth better than the parent?",
+    ]
+    for _, (said,) in judged[1:]:
+        assert said.startswith("Not known: the ")
+        assert "of another parent (Llama-70B)" in said
+
+
+def test_further_runs_are_set_against_the_first_each_at_its_best() -> None:
+    first = make_result(tasks={"text": {1: 2.0, 2: 1.9}})
+    other = make_result(tasks={"text": {1: 2.0, 2: 1.95, 4: 1.8}}, label="other run")
+    said = answer([first, other], "Is the best depth better than that of 'other run'?", "text")
+    assert said.startswith("No on text: r = 2, best of 2, is 0.0990 nats")
+    assert "worse than 'other run' at its best (r = 4)" in said
+    assert "the verdict is about the first, 'recurrent, trained'" in " ".join(
+        caveats([first, other])
+    )
+    assert "is about the first" not in " ".join(caveats([first]))
+
+
+MATCHED = "At equal training FLOPs, is the trained model better than the static twin?"
+
+
+def test_budgets_that_differ_are_matched_by_checkpoints() -> None:
+    ours = make_result(tasks={"gen-x": {1: 0.2, 2: 0.5}}, num_items=1000)
+    twin = make_result("static", tasks={"gen-x": {1: 0.3}}, num_items=1000)
+    assert MATCHED not in dict(judge([ours, twin]))
+    twin["model"]["training"] = twin["model"]["training"] | {"flops": 0.5 * 5.1e13}
+    for result, by_depth in ((ours, {"2": 0.2}), (twin, {"1": 0.3})):
+        point = {"step": 1, "flops": 2e13, "scores": {"gen-x": by_depth}}
+        result["model"]["checkpoints"] = [point]
+    assert answer([ours, twin], MATCHED, "gen-x").startswith("No on gen-x: The checkpoint of")
+
+
+def test_budgets_that_differ_are_matched_by_losses_without_a_claim() -> None:
+    results = make_results(GAIN)
+    results[3]["model"]["training"] = results[3]["model"]["training"] | {"flops": 0.5 * 5.1e13}
+    (said,) = dict(judge(results))[MATCHED]
+    assert said.startswith("Not known: At 5.10e+13 training FLOPs")
+    assert "without an interval" in said
 
 
 def test_a_claim_is_seen_wherever_depth_is_said_to_help() -> None:
@@ -184,7 +273,7 @@ def test_caveats_count_comparisons_seeds_and_limits() -> None:
     results = make_results(GAIN)
     said = " ".join(caveats(results))
     assert "10 comparisons" in said
-    assert "about 1 would" in said
+    assert "about 0.5 would" in said
     assert "trained with one seed" in said
     assert "Only the first" not in said
     for result in results:
@@ -193,6 +282,16 @@ def test_caveats_count_comparisons_seeds_and_limits() -> None:
     said = " ".join(caveats(results))
     assert "Only the first 1,000 items" in said
     assert "3 seeds are averaged" in said
+
+
+def test_caveats_name_the_luck_of_a_random_start_and_of_an_unknown_seed() -> None:
+    result = make_result(tasks={"text": GAIN})
+    assert "initial state is random" not in " ".join(caveats([result]))
+    result["model"]["state_init"] = "normal"
+    result["model"]["training"] = result["model"]["training"] | {"seed": None}
+    said = " ".join(caveats([result]))
+    assert "initial state is random, and one seed of it was measured" in said
+    assert "a seed that is not known" in said
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,14 @@ def rival(results: Sequence[Json], name: str, ours: Json) -> Json | None:
     return find([*same, *having], *_ROLES[name])
 
 
+def present(results: Sequence[Json], name: str) -> Json | None:
+    """Return the first result that would be a control, of whatever parent."""
+    return find(results, *_ROLES[name])
+
+
 def lacking(results: Sequence[Json], name: str) -> str:
     """Say why a control is not there."""
-    if other := find(results, *_ROLES[name]):
+    if other := present(results, name):
         return f"the {name} is of another parent ({other['model']['parent']})"
     return f"no {name} is among the results ({_MISSING[name]})"
 
@@ -122,7 +127,7 @@ def contest(
     gap = difference(mine, i, other, j, choices=len(own) * len(rivals))
     what = f"r = {mine.depths[i]}" + (f", best of {len(own)}," if len(own) > 1 else "")
     if len(rivals) > 1:
-        than += f" at its best, r = {other.depths[j]},"
+        than += f" at its best (r = {other.depths[j]})"
     cost = cost_words(mine, i, other, j)
     return what, than, gap, mine, f", {cost}" if cost else ""
 
@@ -311,16 +316,6 @@ def equal_flops_losses(ours: Json, theirs: Json) -> Finding:
             "disadvantage"
         )
     return Finding(name, other - mine, None, None, unit, f"{sentence}.")
-
-
-def equal_flops(ours: Sequence[Json], theirs: Sequence[Json]) -> Finding:
-    """Compare two bare training curves likewise, taking 1 for the trained depth of both."""
-    bare: Json = {"trained_recurrence": None, "training": None}
-    models = [
-        bare | {"label": label, "curve": curve}
-        for label, curve in (("this run", ours), ("the other", theirs))
-    ]
-    return equal_flops_losses({"model": models[0]}, {"model": models[1]})
 
 
 def _validated_depth(model: Json) -> int | None:

@@ -155,7 +155,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     subject = load_subject(wanted.directory, config, ledger.world.device)
     samples = draws(first, config, subject.costs) if wanted.role == "self-consistency" else 1
-    facts = model_facts(subject, wanted, config, samples)
+    facts = model_facts(subject, wanted, first, config, samples)
     outcomes: list[Outcome] = []
     seeds = config.seeds if subject.starts_from_noise else config.seeds[:1]
     states = None

@@ -24,8 +24,18 @@ LABELS = {
 }
 
 
-def model_facts(subject: Subject, wanted: Wanted, config: EvalConfig, samples: int) -> Json:
-    """Return what a report says about the model, read off its run.json."""
+def model_facts(
+    subject: Subject, wanted: Wanted, first: Wanted, config: EvalConfig, samples: int
+) -> Json:
+    """Return what a report says about the model, read off its run.json.
+
+    Args:
+        subject: The model.
+        wanted: As what it was asked for.
+        first: The model it is set beside.
+        config: What was asked for.
+        samples: Answers drawn per item.
+    """
     facts, training = subject.facts, subject.facts.get("training")
     role = baselines.role_of(wanted.directory, {"model_type": subject.model.config.model_type})
     stage = "after" if training or facts.get("imported") else "before"
@@ -35,12 +45,15 @@ def model_facts(subject: Subject, wanted: Wanted, config: EvalConfig, samples: i
     if wanted.role is None:
         stage, label = config.stage or stage, config.label or label
     settings = subject.model.config if subject.recurrent else None
+    # What is given as the parent is that of the model asked about, wherever it lies now.
+    of = baselines.facts_of(first.directory) if wanted.role else facts
+    parent = facts.get("parent") or of.get("parent") or {}
     return {
         "path": wanted.name,
         "label": label,
         "role": role,
         "stage": stage,
-        "parent": baselines.name_of(facts.get("parent", {}).get("name") or wanted.name),
+        "parent": baselines.name_of(parent.get("name") or wanted.name),
         "parameters": subject.costs.total_parameters,
         "split": _split(settings) if settings else None,
         "injection": settings.injection if settings else None,

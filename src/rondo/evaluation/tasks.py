@@ -147,10 +147,15 @@ def plan_tasks(config: EvalConfig) -> TaskPlan:
         texts = texts or [TextTask(name, name, suite=loss) for name in HELD_OUT_SAMPLES]
     tasks = []
     for name, suite in asked.items():
-        if name == ANSWERS:
-            texts.append(_answers(places, suite))
-        else:
-            tasks.append(_plan_task(name, suite, places, config))
+        try:
+            if name == ANSWERS:
+                texts.append(_answers(places, suite))
+            else:
+                tasks.append(_plan_task(name, suite, places, config))
+        except Missing as error:
+            others = ",".join(one for one in SUITES.get(suite or "", ()) if one != name)
+            without = f"; to go without it: --tasks {others}" if others else ""
+            raise UserError(f"{error}{without}") from error
     names = [*(one.name for one in texts), *(leaf for one in tasks for leaf in one.names)]
     for name in names:
         if names.count(name) > 1:
@@ -350,9 +355,13 @@ def _bare(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
 
 
-def _nowhere(name: str, folder: str, split: str, places: Sequence[Path], hub: str) -> UserError:
+class Missing(UserError):
+    """The items of a task cannot be had."""
+
+
+def _nowhere(name: str, folder: str, split: str, places: Sequence[Path], hub: str) -> Missing:
     where = f"in {_listed(places)}" if places else "here (no directory is given with --data)"
-    return UserError(
+    return Missing(
         f"the items of {name} cannot be had: there is no {folder}/{split}.jsonl (nor .jsonl.gz, "
         f".jsonl.zst, .parquet) {where}, and the hub does not give {hub}"
     )

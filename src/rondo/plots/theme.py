@@ -24,7 +24,8 @@ BLUE, GREEN, GREY, VERMILION, PINK = "#1F83C6", "#009E73", "#7F7F7F", "#D55E00",
 BROWN = "#8A6D3B"
 SPARE_COLORS = ("#7A4FD0", "#5B9A1F", "#C2185B", "#0093A8")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
-_SPARE_SHAPES = ("triangle-right", "triangle-left", "wedge")
+_STAR = "M0,-1L.25,-.34L.95,-.31L.4,.13L.59,.81L0,.42L-.59,.81L-.4,.13L-.95,-.31L-.25,-.34Z"
+_SPARE_SHAPES = ("triangle-right", "triangle-left", _STAR)
 _ROLE_STYLES = {
     ("recurrent", "after"): (BLUE, "circle"),
     ("recurrent", "before"): (GREEN, "square"),

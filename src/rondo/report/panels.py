@@ -55,7 +55,7 @@ def panel(number: int, task: str, results: Sequence[Json], rows: Sequence[Json])
         for answer in given
     ]
     findings = controls.depth_controls(having, task)
-    if any(word == "Yes" for _, word, _ in answers):
+    if verdict.claims_gain(having):
         demand_controls(task, findings)
     equivalence = fits.recurrence_equivalence(having, task)
     share = is_share(facts["metric"])
@@ -98,7 +98,9 @@ def demand_controls(task: str, findings: Iterable[Finding]) -> None:
         for found in findings
         if found.value is not None or found.sentence.startswith("Not known")
     }
-    lacking = [name for name in _CONTROLS if name not in told]
+    # Of a single depth one finding says that there is nothing to hold it against.
+    alone = any(found.name == "controls" for found in findings)
+    lacking = [name for name in _CONTROLS if name not in told and not alone]
     assert not lacking, f"{task} claims a gain without its controls: {', '.join(lacking)}"
 
 
@@ -109,17 +111,16 @@ def _split_word(answer: str, task: str) -> tuple[str, str]:
 
 
 def _marks(answers: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
-    """Pick what a tile has room for: whether depth beats the static twin, and whether r = 1."""
-    asked = (
-        ("beats twin", "Is the best depth better than the static twin"),
-        ("depth helps", "After training, does depth help"),
-    )
-    return [
-        (mark, word)
-        for mark, begin in asked
-        for question, word, _ in answers
-        if question.startswith(begin)
-    ]
+    """Pick what a tile has room for: does depth beat the static twin of equal cost, and r = 1."""
+    twin = [(question, word) for question, word, _ in answers if "the static twin" in question]
+    equal = [word for question, word in twin if "equal training FLOPs" in question]
+    word = equal[0] if equal else "Not known"
+    # Of unequal budgets a win may be the budget's; what is no win is none.
+    if word == "Not known" and twin and twin[0][1] != "Yes":
+        word = twin[0][1]
+    marks = [("beats twin", word)] if twin else []
+    depth = (word for question, word, _ in answers if "does depth help" in question)
+    return [*marks, ("depth helps", next(depth))]
 
 
 def _about(facts: Json) -> str:
@@ -206,7 +207,7 @@ def _checkpoint_table(rows: Sequence[Json], metric: str) -> Table:
         [
             row["model"],
             f"{row['step']:,}",
-            words.si(row["flops"]),
+            f"{row['flops']:.3g}",
             str(row["num_recurrences"]),
             words.score(row["value"], metric),
         ]

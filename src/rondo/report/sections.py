@@ -45,8 +45,7 @@ def training(results: Sequence[Json]) -> list[Section]:
     if main in curves:
         for other in curves:
             if other is not main:
-                ours, theirs = main["model"]["curve"], other["model"]["curve"]
-                finding = controls.equal_flops(ours, theirs)
+                finding = controls.equal_flops_losses(main, other)
                 name = f"{finding.name}, against {other['model']['label']}"
                 findings.append(replace(finding, name=name))
     figures, tables = [], []

@@ -7,6 +7,8 @@ from typing import Any
 from rondo.evaluation.comparisons import is_share
 
 NONE = "-"
+# Behind the point; losses have as many.
+_MOST_DIGITS = 4
 
 
 def ranges(layers: Sequence[int]) -> str:
@@ -51,7 +53,7 @@ def interval(value: float | None, low: float | None, high: float | None, unit: s
     known = low is not None and high is not None and math.isfinite(high - low)
     if not known or low == high:
         return f"{value:.4g}{f' ({low:.4g} to {high:.4g})' if known else ''} {unit}".rstrip()
-    digits = max(0, 1 - math.floor(math.log10(high - low)))
+    digits = min(max(0, 1 - math.floor(math.log10(high - low))), _MOST_DIGITS)
     if unit in ("points", "% of items"):
         digits = 1
     elif all(float(one).is_integer() for one in (value, low, high)):

@@ -44,6 +44,13 @@ def test_a_tile_sets_a_twin_of_another_budget_at_equal_cost() -> None:
     assert make_page(*results).panels[0].marks[0] == ("beats twin", "Not known")
 
 
+def test_a_tile_does_not_hide_a_loss_to_a_twin_of_another_budget() -> None:
+    twin = make_result("static", "after", {"math-test": {1: 1.7}, "acc-arc": {1: 0.9}})
+    twin["model"]["training"]["flops"] /= 2
+    marks = make_page(make_result("recurrent", "after", GAIN), twin).panels[0].marks
+    assert marks[0] == ("beats twin", "No")
+
+
 def test_a_gain_without_its_controls_is_refused() -> None:
     results = [make_result(role, tasks=GAIN) for role in ("recurrent", "static", "parent")]
     findings = depth_controls(results, "math-test")

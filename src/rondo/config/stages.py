@@ -154,7 +154,7 @@ class EvalConfig(Config):
     apply_chat_template: bool = False
     """Put the items of tasks through the tokenizer's chat template."""
     seq_len: int = Field(512, ge=16)
-    """Longer documents of texts are cut here."""
+    """Longer documents of texts are cut here, or where the model's own length ends."""
     batch_size: int = Field(8, ge=1)
     """Sequences per forward pass."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)

@@ -259,8 +259,7 @@ def trace(
         return None
     if not tasks:
         tasks = [TextTask("math-test", "math-test")]
-        short = config.model_copy(update={"seq_len": min(config.seq_len, subject.max_length)})
-        texts = [read_text(tasks[0], subject, short)]
+        texts = [read_text(tasks[0], subject, config)]
     token_lists = first_tokens(texts[:1], config.trace_tokens)
 
     def work(ids: list[list[int]]) -> Json:

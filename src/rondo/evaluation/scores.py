@@ -180,20 +180,6 @@ def outcome_of(
         "truncated": effort.cut,
         "samples": task.config.repeats,
     }
-    lines = [
-        {
-            "task": name,
-            "item": one["doc_id"],
-            "prompt": _prompt(task, one)[-SHOWN:],
-            "target": _target(task, one),
-            "answers": {
-                str(depth): _answer(task, main.metric, ones[number])[:SHOWN]
-                for depth, ones in by_depth.items()
-            },
-            "values": {str(depth): values[number] for depth, values in main.values.items()},
-        }
-        for number, one in enumerate(items)
-    ]
     return Outcome(
         name=name,
         described=described,
@@ -205,10 +191,28 @@ def outcome_of(
             "weights": main.weights,
             "values": {str(depth): values for depth, values in main.values.items()},
         },
-        samples=lines,
+        samples=_lines(name, task, main, by_depth),
         seconds=effort.seconds,
         lengths={depth: _lengths(effort, depth, len(items)) for depth in results},
     )
+
+
+def _lines(name: str, task: Any, main: Series, by_depth: Mapping[int, Sequence[Any]]) -> list[Json]:
+    """Return an item's line of samples.jsonl each, with what was answered at each depth."""
+    return [
+        {
+            "task": name,
+            "item": one["doc_id"],
+            "prompt": _prompt(task, one)[-SHOWN:],
+            "target": _target(task, one),
+            "answers": {
+                str(depth): _answer(task, main.metric, ones[number])[:SHOWN]
+                for depth, ones in by_depth.items()
+            },
+            "values": {str(depth): values[number] for depth, values in main.values.items()},
+        }
+        for number, one in enumerate(next(iter(by_depth.values())))
+    ]
 
 
 def _lengths(effort: Effort, depth: int, num_items: int) -> Lengths:

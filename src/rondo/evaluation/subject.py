@@ -197,8 +197,8 @@ def depths_of(directory: Path, fields: dict[str, Any], config: EvalConfig) -> tu
     wanted = tuple(sorted(set(config.recurrences or [r for r in GRID if r <= cap])))
     if wanted[-1] > cap:
         raise UserError(
-            f"--recurrences {wanted[-1]} is beyond the cap of {cap} of {directory} "
-            "(max_recurrences in its config.json)"
+            f"--recurrences {wanted[-1]} is beyond the model's cap of {cap} "
+            f"(max_recurrences in {directory}/config.json)"
         )
     return wanted
 

@@ -35,6 +35,7 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
     # Of a text a part says as much; a task is measured whole.
     limit = config.limit or (None if task.answers else DOCUMENTS)
     found = islice(records(source, "text"), limit)
+    length = min(config.seq_len, subject.max_length)
     if task.answers:
         settings = DataConfig(sources=(task.spec,), loss_on="answers")
         # Without the separator, which says nothing of the answer.
@@ -42,20 +43,14 @@ def read_text(task: TextTask, subject: Subject, config: EvalConfig) -> Text:
             Passage(one.ids[:-1], (one.counted or []).index(True))
             for one in tokenise(found, settings, tokenizer)
         ]
-        passages = [_ending(one, config.seq_len) for one in whole]
+        passages = [_ending(one, length) for one in whole]
     else:
         whole = [Passage(encode(tokenizer, text_of(one, "text")), 1) for one in found]
-        passages = [Passage(one.ids[: config.seq_len], 1) for one in whole]
-    cut = sum(len(one.ids) > config.seq_len for one in whole)
+        passages = [Passage(one.ids[:length], 1) for one in whole]
+    cut = sum(len(one.ids) > length for one in whole)
     passages = [one for one in passages if len(one.ids) > one.start]
     if not passages:
         raise UserError(f"{source.path} holds no document of two tokens or more")
-    longest = max(len(one.ids) for one in passages)
-    if longest > subject.max_length:
-        raise UserError(
-            f"{source.path} has a document of {longest} tokens, and {subject.directory} was made "
-            f"for {subject.max_length}: give --seq-len {subject.max_length}"
-        )
     predicted = sum(len(one.ids) - one.start for one in passages)
     decode: Any = tokenizer.decode
     content = json.dumps([[one.ids, one.start] for one in passages])

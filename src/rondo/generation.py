@@ -31,6 +31,19 @@ def load_recurrent(path: str, dtype: str, device: str) -> Any:
     return model.to(where).eval()
 
 
+def check_cap(deepest: int, cap: int, model: str | Path) -> None:
+    """Refuse depths that a model was not made for.
+
+    Raises:
+        UserError: The deepest is beyond the cap.
+    """
+    if deepest > cap:
+        raise UserError(
+            f"--recurrences {deepest} is beyond the model's cap of {cap} "
+            f"(max_recurrences in {model}/config.json)"
+        )
+
+
 @torch.inference_mode()
 def generate(config: GenerateConfig) -> list[dict[str, Any]]:
     """Answer the prompt at each depth.
@@ -43,11 +56,7 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
     """
     model = load_recurrent(config.model, config.dtype, config.device)
     depths = list(config.recurrences or (model.config.num_recurrences,))
-    if max(depths) > model.config.max_recurrences:
-        raise UserError(
-            f"--recurrences {max(depths)} is beyond the model's cap of "
-            f"{model.config.max_recurrences} (max_recurrences in its config.json)"
-        )
+    check_cap(max(depths), model.config.max_recurrences, config.model)
     tokenizer = load_tokenizer(Path(config.model))
     prompt: Any = config.prompt
     if config.chat:

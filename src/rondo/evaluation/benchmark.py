@@ -24,7 +24,7 @@ from rondo.config import BenchConfig
 from rondo.errors import UserError
 from rondo.evaluation.baselines import facts_of, locate, name_of
 from rondo.flops import Costs, costs_of, costs_of_parent
-from rondo.generation import load_recurrent
+from rondo.generation import check_cap, load_recurrent
 from rondo.loading import load_model, parent_directory
 from rondo.provenance import (
     claim_directory,
@@ -262,12 +262,7 @@ def check(config: BenchConfig, model: Any) -> None:
     Raises:
         UserError: One of them is beyond what its config.json says.
     """
-    cap, deepest = model.config.max_recurrences, max(config.recurrences)
-    if deepest > cap:
-        raise UserError(
-            f"--recurrences {deepest} is beyond the model's cap of {cap} (max_recurrences in its "
-            "config.json)"
-        )
+    check_cap(max(config.recurrences), model.config.max_recurrences, config.model)
     context = model.config.max_position_embeddings
     if config.prompt_tokens + config.new_tokens > context:
         raise UserError(

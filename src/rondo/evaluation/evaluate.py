@@ -170,7 +170,10 @@ def measure(
     for one in measure_with_harness(subject, plan, ledger, config, samples):
         tell(ledger.world, facts["label"], one)
         outcomes += one
-    most = max(len(v) for o in outcomes for one in o.seed_values.values() for v in one.values())
+    scores = [
+        score for o in outcomes for by_depth in o.scores.values() for score in by_depth.values()
+    ]
+    most = max(len(score.by_seed) for score in scores) or 1
     milliseconds = ledger.run(
         "timing",
         [str(subject.directory)],

@@ -15,10 +15,12 @@ class Score:
     Attributes:
         value: Mean over the items; None where it is not finite.
         stderr: Its standard error over the items; None where there is none.
+        by_seed: The value with each seed, where there were several.
     """
 
     value: float | None
     stderr: float | None
+    by_seed: tuple[float | None, ...] = ()
 
 
 class Lengths(NamedTuple):
@@ -48,7 +50,6 @@ class Outcome:
         name: The task's name.
         described: What it is: the entry of `tasks` in results.json.
         scores: By metric and depth.
-        seed_values: By metric and depth, the value with each seed.
         items: Of the metric of `described`: `weights`, and `values` by depth (as a string).
         samples: One line of samples.jsonl per item, without the model.
         seconds: What measuring took, all depths together.
@@ -58,7 +59,6 @@ class Outcome:
     name: str
     described: Json
     scores: dict[str, dict[int, Score]]
-    seed_values: dict[str, dict[int, list[float | None]]]
     items: Json
     samples: list[Json]
     seconds: float
@@ -78,22 +78,20 @@ def mean_of_seeds(outcomes: Sequence[Outcome]) -> Outcome:
     }
     items = {"weights": first.items["weights"], "values": values}
     scores: dict[str, dict[int, Score]] = {}
-    seed_values: dict[str, dict[int, list[float | None]]] = {}
     for metric, by_depth in first.scores.items():
-        scores[metric], seed_values[metric] = {}, {}
+        scores[metric] = {}
         for depth in by_depth:
             found = [outcome.scores[metric][depth] for outcome in outcomes]
-            seed_values[metric][depth] = [score.value for score in found]
+            by_seed = tuple(score.value for score in found)
             stderr = mean([score.stderr for score in found])
             if metric == first.described["metric"]:
                 # The seeds answer the same items, so their errors do not average out.
                 stderr = ratio_stderr(values[str(depth)], items["weights"])
-            scores[metric][depth] = Score(mean([score.value for score in found]), stderr)
+            scores[metric][depth] = Score(mean(by_seed), stderr, by_seed)
     return Outcome(
         name=first.name,
         described=first.described,
         scores=scores,
-        seed_values=seed_values,
         items=items,
         samples=first.samples,
         seconds=sum(outcome.seconds for outcome in outcomes) / len(outcomes),

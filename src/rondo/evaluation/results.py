@@ -135,7 +135,7 @@ def rows_of(outcome: Outcome, subject: Subject, milliseconds: dict[str, float]) 
                 "num_recurrences": depth,
                 "value": score.value,
                 "stderr": score.stderr,
-                "seed_values": outcome.seed_values[metric][depth],
+                "seed_values": list(score.by_seed or (score.value,)),
                 "flops_per_token": flops[depth] * samples,
                 "kv_bytes_per_token": subject.costs.kv_bytes(depth, bytes_per_value),
                 "ms_per_token": milliseconds[str(depth)] * samples,

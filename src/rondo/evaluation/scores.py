@@ -184,9 +184,6 @@ def outcome_of(
         name=name,
         described=described,
         scores={one.name: one.scores for one in every},
-        seed_values={
-            one.name: {depth: [score.value] for depth, score in one.scores.items()} for one in every
-        },
         items={
             "weights": main.weights,
             "values": {str(depth): values for depth, values in main.values.items()},
@@ -285,7 +282,6 @@ def pooled(given: HarnessTask, parts: Sequence[Outcome]) -> Outcome:
         name=given.name,
         described=described,
         scores={metric: scores},
-        seed_values={metric: {depth: [score.value] for depth, score in scores.items()}},
         items={"weights": weights, "values": values},
         samples=[],
         seconds=sum(part.seconds for part in parts),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rondo.data import padded_batches
 from rondo.dynamics import Loop, undisturbed
+from rondo.evaluation.outcome import finite
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 Columns = dict[str, torch.Tensor]
@@ -70,11 +71,11 @@ def trace_states(
     alignment = float(torch.cat(alignments).mean())
     return {
         "tokens": sum(map(len, token_lists)),
-        "gain": _finite(gain),
+        "gain": finite(gain),
         "behaviour": behaviour(means["step"], means["state_norm"], alignment, gain),
         "iterations": [
             {"iteration": number + 1}
-            | {name: _finite(values[number]) for name, values in means.items()}
+            | {name: finite(values[number]) for name, values in means.items()}
             for number in range(depth)
         ],
     }
@@ -189,7 +190,3 @@ def _next_tokens(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     targets_BT = torch.full_like(ids_BT, NO_TARGET)
     targets_BT[:, :-1] = torch.where(mask_BT[:, 1:].bool(), ids_BT[:, 1:], NO_TARGET)
     return targets_BT
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

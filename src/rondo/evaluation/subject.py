@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from rondo.config import EvalConfig
 from rondo.data import check_tokenizer, load_tokenizer
-from rondo.errors import UserError
+from rondo.evaluation.baselines import facts_of
 from rondo.flops import Costs, costs_of, costs_of_parent
+from rondo.generation import check_cap
 from rondo.loading import load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import choose_dtype, read_json
@@ -172,7 +173,7 @@ def load_subject(directory: Path, config: EvalConfig, device: torch.device) -> S
     Raises:
         UserError: The directory holds no model, or the depths are beyond its cap.
     """
-    fields, path = read_json(directory / "config.json"), directory / "run.json"
+    fields = read_json(directory / "config.json")
     recurrent = fields.get("model_type") == "rondo"
     recurrences = depths_of(directory, fields, config) if recurrent else (1,)
     dtype = choose_dtype(config.dtype, device)
@@ -183,8 +184,8 @@ def load_subject(directory: Path, config: EvalConfig, device: torch.device) -> S
         model = load_model(AutoModelForCausalLM, directory, dtype, **remote)
     tokenizer = load_tokenizer(directory)
     check_tokenizer(tokenizer, model.config.vocab_size)
-    facts = read_json(path) if path.is_file() else {}
-    return Subject(model.to(device).eval(), tokenizer, recurrences, directory, facts)
+    model = model.to(device).eval()
+    return Subject(model, tokenizer, recurrences, directory, facts_of(directory))
 
 
 def depths_of(directory: Path, fields: dict[str, Any], config: EvalConfig) -> tuple[int, ...]:
@@ -195,11 +196,7 @@ def depths_of(directory: Path, fields: dict[str, Any], config: EvalConfig) -> tu
     """
     cap = fields.get("max_recurrences", GRID[-1])
     wanted = tuple(sorted(set(config.recurrences or [r for r in GRID if r <= cap])))
-    if wanted[-1] > cap:
-        raise UserError(
-            f"--recurrences {wanted[-1]} is beyond the model's cap of {cap} "
-            f"(max_recurrences in {directory}/config.json)"
-        )
+    check_cap(wanted[-1], cap, directory)
     return wanted
 
 

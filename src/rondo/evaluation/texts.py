@@ -110,7 +110,6 @@ def measure_text(
         name=task.name,
         described=described,
         scores={"loss": scores},
-        seed_values={"loss": {depth: [score.value] for depth, score in scores.items()}},
         items={"weights": weights, "values": {str(r): values for r, values in sums.items()}},
         samples=[],
         seconds=seconds,

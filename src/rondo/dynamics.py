@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 
+from rondo.modeling.body_recurrent import RecurrentModel
 from rondo.modeling.inputs_recurrent import LayerInputs
-from rondo.modeling.modeling_recurrent import RecurrentForCausalLM, RecurrentModel
+from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 POWER_STEPS = 16
 TINY = 1e-30

@@ -39,10 +39,16 @@ IDS = torch.arange(40, 60).reshape(2, 10) * 4 % VOCAB
 DEPTHS = [1, 2, 4, 8, 16, 32]
 FILES = {
     "README.md",
+    "body_recurrent.py",
     "cache_recurrent.py",
     "deltas_recurrent.py",
+    "exits_recurrent.py",
+    "generation_recurrent.py",
     "injection_recurrent.py",
     "inputs_recurrent.py",
+    "loops_recurrent.py",
+    "slots_recurrent.py",
+    "speculation_recurrent.py",
     "config.json",
     "configuration_recurrent.py",
     "generation_config.json",

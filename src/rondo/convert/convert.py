@@ -36,13 +36,20 @@ AUTO_MAP = {
     "AutoModel": "modeling_recurrent.RecurrentModel",
     "AutoModelForCausalLM": "modeling_recurrent.RecurrentForCausalLM",
 }
+# The code that travels with each checkpoint.
 MODELING_FILES = (
-    "configuration_recurrent.py",
+    "body_recurrent.py",
     "cache_recurrent.py",
+    "configuration_recurrent.py",
     "deltas_recurrent.py",
+    "exits_recurrent.py",
+    "generation_recurrent.py",
     "injection_recurrent.py",
     "inputs_recurrent.py",
+    "loops_recurrent.py",
     "modeling_recurrent.py",
+    "slots_recurrent.py",
+    "speculation_recurrent.py",
 )
 
 

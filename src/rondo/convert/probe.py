@@ -24,7 +24,7 @@ from rondo.convert.split import Split
 from rondo.data import encode, load_tokenizer, packed_rows, read_documents, separator_of
 from rondo.errors import UserError
 from rondo.modeling.configuration_recurrent import RecurrentConfig
-from rondo.modeling.inputs_recurrent import LayerInputs
+from rondo.modeling.inputs_recurrent import LayerInputs, Selection
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.provenance import choose_dtype, claim_directory, read_json, record, staged, write_json
 
@@ -54,7 +54,7 @@ class Text:
             self.name,
             self.ids[rows],
             [state[rows] for state in self.states],
-            self.inputs.rows(rows),
+            self.inputs.take(Selection(rows)),
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig
 
 from rondo.errors import UserError
-from rondo.modeling.modeling_recurrent import positional_noise
+from rondo.modeling.injection_recurrent import positional_noise
 from rondo.provenance import read_json
 
 Table = dict[str, tuple[str, ...]]

@@ -1,141 +1,406 @@
-"""Where the keys and values of (layer, iteration) lie in an ordinary transformers cache.
+"""Keys and values of tokens that differ in depth.
 
-Slots 0 .. P+N+C-1 are the stored layers, the core's being those of the first iteration; each
-further iteration appends N slots. So r = 1 is the parent's own layout, and going deeper moves
-nothing. Any `Cache` of transformers serves, because a slot is just one more of its layers.
+A token has one entry in each layer of prelude and coda, and one for each iteration that it took in
+each layer of the core. Which entry stands for a token at an iteration is read from a table, so what
+a token that left early shows to deeper readers is a matter of table cells, not of copies:
+
+    full       every token has an entry of its own at every iteration
+    ragged     deeper readers are shown the entry of the token's last iteration (arXiv:2610.09013)
+    recompute  deeper readers are shown one more entry, projected from the token's last state
+    last       a single entry, overwritten by each iteration; tokens that are read in one call see
+               each other at the same iteration, later ones see them at their last
+    full-int8  full, but from the second iteration on an entry is kept as what it adds to the one
+               before it, in eight bits (the idea of arXiv:2610.10381)
+
+Shapes: B rows, T tokens of this call, S tokens so far, H heads, d head dimension, E entries.
 """
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from .configuration_recurrent import RecurrentConfig
+from .inputs_recurrent import Selection
+
+CACHE_POLICIES = ("full", "ragged", "recompute", "last", "full-int8")
+GROWTH = 256
+# Entry 0 of every store belongs to no token: what nobody wants is written there.
+NOBODY = 0
 
 
-def core_slot(config: RecurrentConfig, iteration: int) -> int:
-    """Return the slot of the first core layer in an iteration (1-based)."""
-    if iteration == 1:
-        return config.num_prelude_layers
-    return config.num_hidden_layers + (iteration - 2) * config.num_core_layers
+class Entries:
+    """Numbers of the entries that are in use, alike in all layers that run together."""
+
+    def __init__(self) -> None:
+        self.capacity = 1
+        self._free: list[int] = []
+
+    def take(self, count: int) -> torch.Tensor:
+        """Return the numbers of entries that were free, (count,)."""
+        if (missing := count - len(self._free)) > 0:
+            # A quarter more than there was, so that a long text is copied a few times only.
+            more = max(missing, GROWTH, self.capacity // 4)
+            self._free[:0] = range(self.capacity + more - 1, self.capacity - 1, -1)
+            self.capacity += more
+        left = len(self._free) - count
+        taken = self._free[left:][::-1]
+        del self._free[left:]
+        return torch.tensor(taken, dtype=torch.long)
+
+    def give_back(self, numbers: torch.Tensor) -> None:
+        """Free entries."""
+        self._free += reversed(numbers.tolist())
+
+    @property
+    def used(self) -> int:
+        """How many are in use."""
+        return self.capacity - 1 - len(self._free)
 
 
-def make_room(cache: Cache, config: RecurrentConfig, num_recurrences: int) -> None:
-    """Append the slots that a depth needs to a cache built for the stored layers.
+class Store:
+    """Keys and values of one layer, each (E, H, d)."""
 
-    Raises:
-        ValueError: The cache holds tokens that were computed at a smaller depth, so the deeper
-            iterations have no keys and values of them to attend to.
+    def __init__(self, entries: Entries):
+        self.entries = entries
+        self.kept: list[torch.Tensor] = []
+
+    def _write(self, number: int, where: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep (B, H, T, d) in the entries (B, T) of a kept tensor."""
+        while len(self.kept) <= number:
+            self.kept.append(value.new_zeros(0, value.shape[1], value.shape[3]))
+        kept = self.kept[number]
+        if len(kept) < self.entries.capacity:
+            grown = kept.new_zeros(self.entries.capacity, *kept.shape[1:])
+            grown[: len(kept)] = kept
+            self.kept[number] = kept = grown
+        kept.index_copy_(0, where.flatten(), value.transpose(1, 2).flatten(0, 1))
+
+    def _read(self, number: int, where: torch.Tensor) -> torch.Tensor:
+        """Return (B, H, S, d) of the entries (B, S)."""
+        found = self.kept[number].index_select(0, where.flatten())
+        return found.unflatten(0, where.shape).transpose(1, 2)
+
+    def exchange(self, view: "View", keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """Keep the new keys and values (B, H, T, d) and return all, (B, H, S, d)."""
+        self._write(0, view.write, keys)
+        self._write(1, view.write, values)
+        return self._read(0, view.read), self._read(1, view.read)
+
+    def forget_scratch(self) -> None:
+        """Forget what depends on which rows there are."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries in use."""
+        return self.entries.used * sum(kept[:1].nbytes for kept in self.kept)
+
+
+class ResidualStore(Store):
+    """Keys and values of one core layer: whole at the first iteration, then what each adds.
+
+    What an iteration adds is taken to the entry before it as it will be read, so errors do not
+    add up. A residual is 255 steps of a size that each head of each token has for itself.
     """
-    if not torch.compiler.is_compiling():  # comparing lengths would break a compiled graph
-        seen = int(cache.get_seq_length())
-        deepest = int(cache.get_seq_length(core_slot(config, num_recurrences))) if seen else 0
-        if deepest < seen:
-            raise ValueError(
-                f"the cache holds {seen} tokens, but only {deepest} of them at iteration "
-                f"{num_recurrences}: continue at the depth the prompt was computed at, or start "
-                "anew"
-            )
-    if cache.layer_class_to_replicate is None:
-        needed = config.num_hidden_layers + (num_recurrences - 1) * config.num_core_layers
-        for slot in range(len(cache.layers), needed):
-            core_layer = (slot - config.num_hidden_layers) % config.num_core_layers
-            added: Any = copy.deepcopy(cache.layers[config.num_prelude_layers + core_layer])
-            added.reset()
-            cache.layers.append(added)
+
+    def __init__(self, first: Entries, later: Entries):
+        super().__init__(later)
+        self.whole = Store(first)
+        self.forget_scratch()
+
+    def exchange(self, view: "View", keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """Keep the new keys and values (B, H, T, d) and return all, (B, H, S, d)."""
+        if view.iteration == 1:
+            now = self.whole.exchange(view, keys, values)
+        else:
+            start = view.read.shape[1] - keys.shape[2]
+            now = self._before(view)
+            for number, new in enumerate((keys, values)):
+                residual = new - now[number][:, :, start:]
+                step = residual.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+                self._write(2 * number, view.write, (residual / step).round().to(torch.int8))
+                self._write(2 * number + 1, view.write, step)
+            now = self._add(now, view.read)
+        self._now = {"iteration": view.iteration, "entries": now}
+        return now
+
+    def forget_scratch(self) -> None:
+        """Forget the entries of the iteration before."""
+        self._now = {"iteration": 0}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries in use; not of one iteration's, held whole while it is read."""
+        return super().nbytes + self.whole.nbytes
+
+    def _before(self, view: "View") -> Any:
+        """Return all keys and values of the iteration before, the new tokens' too."""
+        if self._now["iteration"] == view.iteration - 1:
+            return self._now["entries"]
+        tables = view.tables
+        now = self.whole._read(0, tables[0]), self.whole._read(1, tables[0])
+        for table in tables[1 : view.iteration - 1]:
+            now = self._add(now, table)
+        return now
+
+    def _add(self, now: Any, where: torch.Tensor) -> Any:
+        return tuple(
+            before + self._read(2 * number, where).to(before) * self._read(2 * number + 1, where)
+            for number, before in enumerate(now)
+        )
 
 
-class CacheAtIteration:
-    """The cache as the layers of one pass see it: their own index leads to this pass's slot.
-
-    Passing this view leaves `layer_idx` of the shared layers alone, so nothing of the model
-    changes while it runs.
+class View:
+    """The cache as the layers of one pass see it.
 
     Args:
-        cache: The cache of the whole call.
-        offset: What is added to a layer's own index to find its slot.
+        cache: The whole cache.
+        write: Where the new keys and values go, (B, T).
+        read: What stands for each token, (B, S).
+        iteration: Iteration (1-based) of the pass, 0 outside the loop.
     """
 
-    def __init__(self, cache: Any, offset: int):
+    def __init__(
+        self, cache: "RecurrentCache", write: torch.Tensor, read: torch.Tensor, iteration: int = 0
+    ):
         self._cache = cache
-        self._offset = offset
+        self.write = write
+        self.read = read
+        self.iteration = iteration
+
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """What stands for each token at each iteration so far."""
+        return self._cache.tables
 
     def update(
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
+        *_: Any,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new keys and values (B, heads, T, head_dim) and return all of the slot."""
-        return self._cache.update(
-            key_states, value_states, layer_idx + self._offset, *args, **kwargs
-        )
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens seen by the slot of a layer."""
-        return self._cache.get_seq_length(layer_idx + self._offset)
+        """Store the new keys and values (B, H, T, d) and return all of the rows, (B, H, S, d)."""
+        return self._cache.stores[layer_idx].exchange(self, key_states, value_states)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-class RecurrentCache(DynamicCache):
-    """A dynamic cache for batches whose rows differ in depth.
+class Stopped(Exception):
+    """A layer has projected its keys and values, and need not go on."""
 
-    A slot of a later iteration holds only the rows that reach it, so a row that is done costs
-    neither compute nor memory. Beam search reorders rows; this class translates.
-    """
 
-    def __init__(self, config: RecurrentConfig):
-        super().__init__(config=config.base_config)
-        self._num_core_layers = config.num_core_layers
-        # Rows of each slot that holds fewer than all.
-        self._slot_rows: dict[int, torch.Tensor] = {}
+class Projection(View):
+    """A view that takes a layer's keys and values and stops it before it attends."""
 
-    def claim(self, first_slot: int, rows: torch.Tensor | None) -> None:
-        """Declare which rows of the batch (None for all) the slots of an iteration hold.
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values.
 
         Raises:
-            ValueError: They hold other rows already.
+            Stopped: Always.
         """
-        slots = range(first_slot, first_slot + self._num_core_layers)
-        if self.get_seq_length(first_slot):
-            known = self._slot_rows.get(first_slot)
-            same = known is rows if known is None or rows is None else torch.equal(known, rows)
-            if not same:
-                raise ValueError(
-                    "the depth of a row changed while its cache was in use: keep num_recurrences "
-                    "the same for the prompt and its continuation"
-                )
-        elif rows is not None:
-            self._slot_rows |= dict.fromkeys(slots, rows)
+        self._cache.stores[layer_idx].exchange(self, key_states, value_states)
+        raise Stopped
+
+
+class RecurrentCache(Cache):
+    """A cache for batches whose rows, and whose tokens, differ in depth.
+
+    Rows can be selected, repeated and reordered without copying an entry.
+
+    Args:
+        config: The model's config.
+        policy: What deeper iterations read of a token, one of `CACHE_POLICIES`.
+
+    Attributes:
+        recurrences: Iteration at which each token was finished, (B, S); 0 for padding.
+        executed: Iterations each token ran, (B, S): more than the former where `full` keeps a
+            token that has its answer in the loop.
+        num_checks: Passes of a token through coda and head beside the one that answers it.
+        state: Last state of the last token, (B, D), for a warm start.
+
+    Raises:
+        ValueError: There is no such policy.
+    """
+
+    def __init__(self, config: RecurrentConfig, policy: str = "full"):
+        if policy not in CACHE_POLICIES:
+            raise ValueError(f"cache_policy must be one of {CACHE_POLICIES}, got {policy!r}")
+        super().__init__(layers=[])
+        self.policy = policy
+        self._config = config
+        self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
-        self._slot_rows.clear()
+        config = self._config
+        self.length = 0
+        self.num_checks = 0
+        self.state: torch.Tensor | None = None
+        self.once = self.branch = torch.zeros(0, 0, dtype=torch.long)
+        self.tables: list[torch.Tensor] = []
+        self.recurrences = self.executed = self.once
+        self._spaces = {name: Entries() for name in ("once", "first", "later")}
+        first, later = self._spaces["first"], self._spaces["later"]
+        core = range(config.num_prelude_layers, config.num_prelude_layers + config.num_core_layers)
+        int8 = self.policy == "full-int8"
+        self.stores = [
+            Store(self._spaces["once"])
+            if layer not in core
+            else (ResidualStore(first, later) if int8 else Store(first))
+            for layer in range(config.num_hidden_layers)
+        ]
+
+    # ---- what a call of the model does
+
+    def begin(self, shape: Sequence[int], depth: int | torch.Tensor, device: Any) -> None:
+        """Make room for the T tokens of a call of B rows that will run to a depth (each).
+
+        Tokens that were given back by `rewind` are taken up again.
+
+        Raises:
+            ValueError: Tokens before them are missing at that depth, or the batch has changed.
+        """
+        batch, count = shape
+        if not self.once.shape[1]:
+            self.once = self.branch = torch.zeros(batch, 0, dtype=torch.long, device=device)
+            self.recurrences = self.executed = self.once
+        if len(self.once) != batch:
+            raise ValueError(f"the cache holds {len(self.once)} rows, the call has {batch}")
+        if self.policy.startswith("full"):
+            self._check_depth(depth)
+        if self.policy == "full-int8" and not isinstance(depth, int):
+            raise ValueError("the cache policy full-int8 needs one depth for all rows")
+        self.start, self.length = self.length, self.length + count
+        if (more := self.length - self.once.shape[1]) > 0:
+            new = self._spaces["once"].take(batch * more).view(batch, more).to(device)
+            self.once = torch.cat([self.once, new], 1)
+            zeros = torch.zeros_like(new)
+            self.recurrences = torch.cat([self.recurrences, zeros], 1)
+            self.executed = torch.cat([self.executed, zeros], 1)
+
+    def _check_depth(self, depth: int | torch.Tensor) -> None:
+        seen = self.executed[:, : self.length]
+        missing = (seen < torch.as_tensor(depth, device=seen.device).reshape(-1, 1)) & (seen > 0)
+        if not bool(missing.any()):
+            return
+        row = int(missing.any(1).nonzero()[0])
+        deepest = int(torch.as_tensor(depth).reshape(-1).expand(len(seen))[row])
+        raise ValueError(
+            f"the cache holds {self.length} tokens, but only {int((seen[row] >= deepest).sum())} "
+            f"of them at iteration {deepest}: continue at the depth the prompt was computed at, "
+            "take the cache policy ragged, or start anew"
+        )
+
+    def outside(self, selection: Selection | None = None) -> View:
+        """Return the view of the layers that are no part of the loop."""
+        return self._view(View, self.once[:, : self.length], selection)
+
+    def branching(self) -> View:
+        """Return the view of a coda that branches off every token's way, and keeps its own."""
+        if (more := self.length - self.branch.shape[1]) > 0:
+            batch = len(self.branch)
+            new = self._spaces["once"].take(batch * more).view(batch, more)
+            self.branch = torch.cat([self.branch, new.to(self.branch)], 1)
+        return self._view(View, self.branch[:, : self.length], None)
+
+    def enter(
+        self, iteration: int, selection: Selection | None = None, kind: type[View] = View
+    ) -> View:
+        """Return the view of an iteration (1-based) that the selected tokens run, or all.
+
+        Raises:
+            ValueError: The policy is full-int8 and not all tokens run it.
+        """
+        int8 = self.policy == "full-int8"
+        if int8 and selection is not None:
+            raise ValueError("the cache policy full-int8 needs one depth for all tokens")
+        if len(self.tables) < iteration:
+            self.tables.append(torch.full_like(self.once[:, : self.length], -1))
+        table = self._widened(self.tables[iteration - 1])
+        before = self.tables[max(iteration - 2, 0)]
+        if self.policy == "last" and iteration > 1:
+            table = before
+        else:
+            space = self._spaces["later" if int8 and iteration > 1 else "first"]
+            new_BT = table[:, self.start :]
+            if selection is None:
+                new_BT.copy_(space.take(new_BT.numel()).view(new_BT.shape))
+            else:
+                where = selection.tokens(new_BT)
+                new_BT[where] = space.take(len(where[0])).to(table)
+            # Whoever has none of its own shows the one before, and padding shows nobody's.
+            table = torch.where(table < 0, before, table) if iteration > 1 else table.clamp_min(0)
+        self.tables[iteration - 1] = table
+        return self._view(kind, table, selection, iteration)
+
+    def finished(self, recurrences: int | torch.Tensor, executed: int | torch.Tensor) -> None:
+        """Note at which iteration the tokens of this call were finished, and how many they ran.
+
+        Args:
+            recurrences: For all, by row (B,) or by token (B, T).
+            executed: Likewise.
+        """
+        for noted, what in ((self.recurrences, recurrences), (self.executed, executed)):
+            place = noted[:, self.start : self.length]
+            new = torch.as_tensor(what, device=place.device)
+            place.copy_(new[:, None] if new.dim() == 1 else new)
+
+    def _widened(self, table: torch.Tensor) -> torch.Tensor:
+        """Return a table with a column for each token so far, -1 where it has no entry yet."""
+        return torch.nn.functional.pad(table, (0, self.length - table.shape[1]), value=-1)
+
+    def _view(
+        self, kind: type[View], table: torch.Tensor, selection: Selection | None, iteration: int = 0
+    ) -> View:
+        write = table[:, self.start :]
+        if selection is None:
+            return kind(self, write, table, iteration)
+        taken = selection.take(write, spare=NOBODY)
+        return kind(self, taken, table.index_select(0, selection.rows), iteration)
+
+    # ---- what a decoding strategy does
+
+    def rewind(self, count: int) -> None:
+        """Let the next call be one of the last `count` tokens again, from where they stopped."""
+        self.length -= count
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget so many of the last tokens, and free their entries."""
+        kept = self.length - tokens_to_remove
+        for name in ("once", "first", "later"):
+            dropped = [table[:, kept:].flatten() for table in self._tables_of(name)]
+            numbers = torch.cat(dropped).unique() if dropped else torch.zeros(0)
+            self._spaces[name].give_back(numbers[numbers > NOBODY])
+        self.once, self.branch = self.once[:, :kept], self.branch[:, :kept]
+        self.tables = [table[:, :kept] for table in self.tables]
+        self.recurrences, self.executed = self.recurrences[:, :kept], self.executed[:, :kept]
+        self.length = kept
+
+    def _tables_of(self, space: str) -> list[torch.Tensor]:
+        """Return the tables whose cells are entries of a space."""
+        if space == "once":
+            return [self.once, self.branch]
+        split = 1 if self.policy == "full-int8" else len(self.tables)
+        return self.tables[:split] if space == "first" else self.tables[split:]
 
     def _take_rows(self, index: torch.Tensor) -> None:
-        layers: list[Any] = self.layers
-        batch_size = layers[0].keys.shape[0]
-        for slot, layer in enumerate(layers):
-            if layer.get_seq_length() == 0:
-                continue
-            rows = self._slot_rows.get(slot)
-            if rows is None:
-                layer.batch_select_indices(index)
-                continue
-            place = torch.full((batch_size,), -1, dtype=torch.long, device=index.device)
-            place[rows] = torch.arange(len(rows), device=index.device)
-            kept = (place[index] >= 0).nonzero().flatten()
-            layer.batch_select_indices(place[index][kept])
-            if len(kept) < len(index):
-                self._slot_rows[slot] = kept
-            else:  # the rows that are left all reach this iteration
-                del self._slot_rows[slot]
+        self.once, self.branch = self.once[index], self.branch[index]
+        self.tables = [table[index] for table in self.tables]
+        self.recurrences, self.executed = self.recurrences[index], self.executed[index]
+        self.state = None if self.state is None else self.state[index]
+        for store in self.stores:
+            store.forget_scratch()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row i continue what row beam_idx[i] held."""
@@ -147,6 +412,26 @@ class RecurrentCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
-        first: Any = self.layers[0]
-        rows = torch.arange(first.keys.shape[0], device=first.keys.device)
+        rows = torch.arange(len(self.recurrences), device=self.recurrences.device)
         self._take_rows(rows.repeat_interleave(repeats))
+
+    # ---- what the library asks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many keys a call of so many tokens will see, and the place of the first."""
+        return self.length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: there is no most."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries in use, and of the tables that find them."""
+        tables = [self.once, self.branch, *{id(one): one for one in self.tables}.values()]
+        kept = sum(store.nbytes for store in self.stores)
+        return kept + sum(table.nbytes for table in tables)

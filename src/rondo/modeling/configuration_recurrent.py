@@ -28,6 +28,9 @@ class RecurrentConfig(PreTrainedConfig):
         max_recurrences: Hard cap; a call that asks for more is refused.
         delta_rank: Rank of the core's per-iteration deltas (`deltas_recurrent`), 0 for none.
         num_delta_iterations: How many iterations have deltas of their own; later ones begin again.
+        exit_gate: Whether the model has a learned gate among its exits (`exits_recurrent`).
+        exit_rules: Calibrated exits: by criterion, then by the tolerated relative loss as it is
+            written, the fields of an `ExitRule` beside what they were calibrated on.
         format_version: Version of this checkpoint format.
 
     Raises:
@@ -53,6 +56,8 @@ class RecurrentConfig(PreTrainedConfig):
     max_recurrences: int = 64
     delta_rank: int = 0
     num_delta_iterations: int = 0
+    exit_gate: bool = False
+    exit_rules: dict[str, dict[str, dict[str, Any]]] | None = None
     format_version: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -22,7 +22,11 @@ COMMANDS: dict[str, tuple[type[config.Config], str]] = {
     "eval": (config.EvalConfig, "rondo.evaluation.evaluate:run"),
     "report": (config.ReportConfig, "rondo.report:run"),
     "bench": (config.BenchConfig, "rondo.evaluation.benchmark:run"),
+    "calibrate": (config.CalibrateConfig, "rondo.evaluation.calibrate:run"),
+    "quantize": (config.QuantizeConfig, "rondo.evaluation.quantized:run"),
+    "export": (config.ExportConfig, "rondo.export:run"),
     "generate": (config.GenerateConfig, "rondo.generation:run"),
+    "chat": (config.ChatConfig, "rondo.chat:run"),
     "dequantize": (config.DequantizeConfig, "rondo.convert.source:run_dequantize"),
 }
 

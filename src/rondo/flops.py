@@ -51,6 +51,8 @@ class Costs:
     """Parameters of the core's per-iteration deltas; `core_parameters` are what iterations share,
     `core_matmul` counts one iteration's."""
     num_delta_iterations: int = 1
+    gate_parameters: int = 0
+    """Parameters of the exit gate: a weight for each of its features, and a bias."""
 
     @property
     def total_parameters(self) -> int:
@@ -64,6 +66,7 @@ class Costs:
             + self.norm_parameters
             + self.embedding_parameters
             + self.head_parameters
+            + self.gate_parameters
         )
 
     @property
@@ -151,6 +154,15 @@ class Costs:
         # Without attention (over no tokens) what is left is the products with weights.
         return forward + backward - frozen * self.forward_flops(differentiated, 0)
 
+    def gate_train_flops(self, num_recurrences: int, seq_len: int) -> int:
+        """Executed FLOPs per token of training the exit gate on one trajectory.
+
+        The trajectory has no backward pass; coda and head follow each iteration, and the gate's
+        readout, whose weights alone get gradient, each but the last.
+        """
+        each = self.finish_flops(seq_len) + 4 * (self.gate_parameters - 1)
+        return self.forward_flops(num_recurrences, seq_len) + (num_recurrences - 1) * each
+
     def kv_values(self, num_recurrences: int) -> int:
         """Cached values per token when every iteration keeps its own keys and values."""
         return 2 * self.kv_width * self.effective_depth(num_recurrences)
@@ -186,6 +198,7 @@ def costs_of(model: Any) -> Costs:
         core_parameters=costs.core_parameters - delta_parameters,
         delta_parameters=delta_parameters,
         num_delta_iterations=model.config.num_delta_iterations or 1,
+        gate_parameters=0 if body.exit_gate is None else _parameters([body.exit_gate]),
     )
 
 

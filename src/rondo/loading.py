@@ -1,5 +1,6 @@
 """Directories of models: fetched from the hub where they are hub ids, and loaded."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,26 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
+from rondo import modeling
 from rondo.errors import UserError
 
 # Weights as safetensors only: pickles are not even fetched.
 MODEL_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+# The code that travels with each checkpoint.
+MODELING_FILES = (
+    "body_recurrent.py",
+    "cache_recurrent.py",
+    "configuration_recurrent.py",
+    "deltas_recurrent.py",
+    "exits_recurrent.py",
+    "generation_recurrent.py",
+    "injection_recurrent.py",
+    "inputs_recurrent.py",
+    "loops_recurrent.py",
+    "modeling_recurrent.py",
+    "slots_recurrent.py",
+    "speculation_recurrent.py",
+)
 
 
 def fetch(name: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -64,3 +81,9 @@ def load_model(model_class: Any, directory: Path, dtype: torch.dtype, **options:
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory} holds no model that can be loaded: {reason}") from error
+
+
+def copy_code(directory: Path) -> None:
+    """Put the modelling code beside the weights, so that they load without this package."""
+    for name in MODELING_FILES:
+        shutil.copyfile(Path(modeling.__file__).parent / name, directory / name)

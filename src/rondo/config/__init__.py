@@ -4,12 +4,15 @@ Nothing here imports torch, so that `rondo --help` answers at once.
 """
 
 from rondo.config.base import Config, command_line, explain, load_yaml, parse
+from rondo.config.calibrate import CalibrateConfig
+from rondo.config.export import ExportConfig
+from rondo.config.generate import ChatConfig, DecodingConfig, GenerateConfig
+from rondo.config.quantize import QuantizeConfig
 from rondo.config.stages import (
     BenchConfig,
     ConvertConfig,
     DequantizeConfig,
     EvalConfig,
-    GenerateConfig,
     ProbeConfig,
     QuickstartConfig,
     ReportConfig,
@@ -36,12 +39,16 @@ __all__ = [
     "BatchConfig",
     "BenchConfig",
     "BudgetConfig",
+    "CalibrateConfig",
+    "ChatConfig",
     "Config",
     "ConvertConfig",
     "DataConfig",
+    "DecodingConfig",
     "DequantizeConfig",
     "Distribution",
     "EvalConfig",
+    "ExportConfig",
     "GenerateConfig",
     "LoraConfig",
     "LossConfig",
@@ -49,6 +56,7 @@ __all__ = [
     "OptimizerConfig",
     "PlanConfig",
     "ProbeConfig",
+    "QuantizeConfig",
     "QuickstartConfig",
     "RecurrenceConfig",
     "ReportConfig",

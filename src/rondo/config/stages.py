@@ -235,35 +235,6 @@ class BenchConfig(Config):
     """Replace an existing output directory."""
 
 
-class GenerateConfig(Config):
-    """Continue a prompt at one or several depths."""
-
-    words: ClassVar[tuple[str, ...]] = ("model",)
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A recurrent checkpoint."""
-    prompt: str = "Question: What is 12 + 30?\nAnswer:"
-    """Text to continue."""
-    recurrences: Depths | None = None
-    """Depths, each answering the same prompt in one batch; the model's own unless given."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Tokens to generate."""
-    temperature: float = Field(0.0, ge=0)
-    """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus of sampling."""
-    seed: int = 0
-    """Seed of sampling and of a `normal` initial state."""
-    chat: bool = False
-    """Put the prompt through the tokenizer's chat template."""
-    dtype: Dtype = "auto"
-    """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
-    device: str = "auto"
-    """cuda where there is one, cpu elsewhere."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object per depth."""
-
-
 class QuickstartConfig(Config):
     """The whole chain on a real model, in about ten minutes on two CPU cores."""
 

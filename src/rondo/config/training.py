@@ -267,7 +267,7 @@ class LoraConfig(Config):
 
 
 class TrainConfig(Config):
-    """Train a recurrent checkpoint, its parent as the static twin, or its shape from random."""
+    """Train a recurrent checkpoint, its static or random twin, or its learned exit alone."""
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
@@ -275,8 +275,10 @@ class TrainConfig(Config):
     """A recurrent checkpoint (with --mode static its parent is trained), or a run to resume."""
     output_dir: str = "out/train"
     """Directory of the run."""
-    mode: Literal["recurrent", "static", "random"] = "recurrent"
-    """What is trained: the checkpoint, its parent, or its shape with random weights."""
+    mode: Literal["recurrent", "static", "random", "gate"] = "recurrent"
+    """What is trained: the checkpoint, its parent, its shape with random weights, or only the gate
+    that lets tokens leave the loop, which learns to expect how far recurrence.mean iterations would
+    still take the answer."""
     data: DataConfig = DataConfig()
     """What is read."""
     recurrence: RecurrenceConfig = RecurrenceConfig()
@@ -311,6 +313,27 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch.global_batch_size {size} is no multiple of "
                 f"recurrence.draws_per_step {draws}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_alone(self) -> "TrainConfig":
+        if self.mode != "gate":
+            return self
+        idle = {
+            "loss.kind": self.loss.kind != "last",
+            "lora.rank": self.lora.rank > 0,
+            "recurrence.schedule": self.recurrence.schedule != "none",
+        }
+        if given := [name for name, one in idle.items() if one]:
+            raise ValueError(
+                f"with mode gate {' and '.join(given)} would do nothing: the exit gate alone is "
+                "trained, by its own loss, against the answer after recurrence.mean iterations"
+            )
+        if self.recurrence.mean < 2:
+            raise ValueError(
+                "mode gate needs a recurrence.mean of at least 2: the gate is asked before the "
+                "deepest iteration"
             )
         return self
 

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from rondo import modeling
 from rondo.config import ConvertConfig
 from rondo.convert import card, verify
 from rondo.convert.plan import Plan, describe, make_plan
@@ -28,6 +27,7 @@ from rondo.convert.source import (
     write_tensors,
 )
 from rondo.errors import UserError
+from rondo.loading import copy_code
 from rondo.modeling.injection_recurrent import Injection
 from rondo.provenance import claim_directory, read_json, record, staged, write_json
 
@@ -36,21 +36,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_recurrent.RecurrentModel",
     "AutoModelForCausalLM": "modeling_recurrent.RecurrentForCausalLM",
 }
-# The code that travels with each checkpoint.
-MODELING_FILES = (
-    "body_recurrent.py",
-    "cache_recurrent.py",
-    "configuration_recurrent.py",
-    "deltas_recurrent.py",
-    "exits_recurrent.py",
-    "generation_recurrent.py",
-    "injection_recurrent.py",
-    "inputs_recurrent.py",
-    "loops_recurrent.py",
-    "modeling_recurrent.py",
-    "slots_recurrent.py",
-    "speculation_recurrent.py",
-)
 
 
 def new_tensors(plan: Plan) -> dict[str, torch.Tensor]:
@@ -137,12 +122,6 @@ def write_model(plan: Plan, source: Source, directory: Path) -> dict[str, Any]:
     else:
         GenerationConfig.from_model_config(plan.model).save_pretrained(directory)
     return tensors
-
-
-def copy_code(directory: Path) -> None:
-    """Put the modelling code beside the weights, so that they load without this package."""
-    for name in MODELING_FILES:
-        shutil.copyfile(Path(modeling.__file__).parent / name, directory / name)
 
 
 def run(config: ConvertConfig) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from rondo.config import BenchConfig
 from rondo.errors import UserError
@@ -81,8 +81,11 @@ def measure(setting: Setting, prompt: torch.Tensor, new_tokens: int) -> Timing:
         before = torch.cuda.memory_allocated(prompt.device)
     _wait(prompt.device)
     start = time.perf_counter()
-    output = model(prompt, use_cache=True, logits_to_keep=1, **setting.options)
-    token, cache = output.logits.argmax(dim=-1), output.past_key_values
+    cache = DynamicCache(config=model.config)  # what generate() takes where all is of one depth
+    output = model(
+        prompt, past_key_values=cache, use_cache=True, logits_to_keep=1, **setting.options
+    )
+    token = output.logits.argmax(dim=-1)
     _wait(prompt.device)
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
@@ -94,7 +97,8 @@ def measure(setting: Setting, prompt: torch.Tensor, new_tokens: int) -> Timing:
     if prompt.is_cuda:
         added = torch.cuda.max_memory_allocated(prompt.device) - before
         peak = added + sum(one.nbytes for one in model.parameters())
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: Any = cache.layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     tokens = prompt.numel() + len(prompt) * (new_tokens - 1)
     return Timing(first - start, end - first, held / tokens, peak)
 

@@ -44,7 +44,8 @@ def policy_controls(
     spent = costs[chosen].mean()
     price = f" at {spent / costs[0]:.2f}x the cost of the first depth" if costs[0] > 0 else ""
     found = Finding("policy", score, None, None, "%", f"The policy scores {score:.1f}%{price}.")
-    mixture, after = _blind_mixture(values, costs, chosen)
+    mixture, best = blind_mixture(values, costs, costs[chosen], np.ones(count))
+    after = f"; the mixture scores {best:.1%}"
     blind = _points(paired_bootstrap(items, mixture, np.ones(count)))
     shuffled, after_shuffle = _shuffled(values, chosen)
     dealt = _points(paired_bootstrap(items, shuffled, np.ones(count)))
@@ -63,28 +64,39 @@ def policy_controls(
     ]
 
 
-def _blind_mixture(values: Array, costs: Array, chosen: NDArray[np.int64]) -> tuple[Array, str]:
-    """Return each item's part in the best mixture of two depths that spends what the policy does.
+def blind_mixture(values: Array, costs: Array, spent: Array, weights: Array) -> tuple[Array, float]:
+    """Return each item's part in the best mixture of two depths that spends what a policy does.
 
     The mixture follows the policy's mean cost, which the items sway: without the last term of
     what is returned, that part of the uncertainty would be missing. It averages zero.
+
+    Args:
+        values: By depth and item, summed per item; more is better.
+        costs: Of one token, or of whatever weights count, at each depth.
+        spent: What the policy spends on each item, summed as the values are.
+        weights: By item.
+
+    Returns:
+        By item, and the mixture's score per weight.
     """
-    spent, scores = float(costs[chosen].mean()), values.mean(1)
+    mean, scores = float(spent.sum() / weights.sum()), values.sum(1) / weights.sum()
+    # Rounding must not leave a policy that never goes beyond the first depth without it.
+    mean = max(mean, float(costs.min()))
     best, pair = -math.inf, (0, 0, 0.0)
     for low in range(len(costs)):
-        if costs[low] > spent:
+        if costs[low] > mean:
             continue
         for high in range(len(costs)):
             # A pair of the same depth twice is that depth alone, which may leave cost unspent.
-            dearer = costs[high] > spent
-            part = (spent - costs[low]) / (costs[high] - costs[low]) if dearer else 0.0
+            dearer = costs[high] > mean
+            part = (mean - costs[low]) / (costs[high] - costs[low]) if dearer else 0.0
             score = (1 - part) * scores[low] + part * scores[high]
             if score > best:
-                best, pair = score, (low, high if dearer else low, float(part))
+                best, pair = float(score), (low, high if dearer else low, float(part))
     low, high, part = pair
     slope = 0.0 if low == high else (scores[high] - scores[low]) / (costs[high] - costs[low])
     items = (1 - part) * values[low] + part * values[high]
-    return items + slope * (costs[chosen] - spent), f"; the mixture scores {best:.1%}"
+    return items + slope * (spent - mean * weights), best
 
 
 def _shuffled(values: Array, chosen: NDArray[np.int64]) -> tuple[Array, str]:

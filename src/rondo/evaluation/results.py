@@ -77,7 +77,7 @@ def _trained_recurrence(subject: Subject) -> float | None:
     if not subject.recurrent:
         return None
     if "training" in subject.facts:
-        return float(subject.facts["config"]["recurrence"]["mean"])
+        return float(subject.facts["training"]["recurrence"].split()[-1])
     return float(subject.model.config.num_recurrences) if subject.facts.get("imported") else None
 
 

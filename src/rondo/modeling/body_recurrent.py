@@ -55,6 +55,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # A model that gets a gate starts it anew.
+    _keys_to_ignore_on_load_missing = [r"exit_gate\."]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -173,6 +175,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 mask = mask[self.config.base_config.layer_types[index]]
             if isinstance(rotary, dict):
                 rotary = rotary[self.config.base_config.layer_types[index]]
+            if isinstance(cache, View):
+                cache.turn_to(index)
             hidden_BTD = self.layers[index](
                 hidden_BTD,
                 attention_mask=mask,

@@ -66,16 +66,20 @@ class Store:
         self.entries = entries
         self.kept: list[torch.Tensor] = []
 
+    def grow(self) -> None:
+        """Make room for all entries that there are."""
+        for number, kept in enumerate(self.kept):
+            if len(kept) < self.entries.capacity:
+                grown = kept.new_zeros(self.entries.capacity, *kept.shape[1:])
+                grown[: len(kept)] = kept
+                self.kept[number] = grown
+
     def _write(self, number: int, where: torch.Tensor, value: torch.Tensor) -> None:
         """Keep (B, H, T, d) in the entries (B, T) of a kept tensor."""
         while len(self.kept) <= number:
-            self.kept.append(value.new_zeros(0, value.shape[1], value.shape[3]))
-        kept = self.kept[number]
-        if len(kept) < self.entries.capacity:
-            grown = kept.new_zeros(self.entries.capacity, *kept.shape[1:])
-            grown[: len(kept)] = kept
-            self.kept[number] = kept = grown
-        kept.index_copy_(0, where.flatten(), value.transpose(1, 2).flatten(0, 1))
+            shape = self.entries.capacity, value.shape[1], value.shape[3]
+            self.kept.append(value.new_zeros(shape))
+        self.kept[number].index_copy_(0, where.flatten(), value.transpose(1, 2).flatten(0, 1))
 
     def _read(self, number: int, where: torch.Tensor) -> torch.Tensor:
         """Return (B, H, S, d) of the entries (B, S)."""
@@ -125,6 +129,11 @@ class ResidualStore(Store):
         self._now = {"iteration": view.iteration, "entries": now}
         return now
 
+    def grow(self) -> None:
+        """Make room for all entries that there are."""
+        super().grow()
+        self.whole.grow()
+
     def forget_scratch(self) -> None:
         """Forget the entries of the iteration before."""
         self._now = {"iteration": 0}
@@ -165,9 +174,18 @@ class View:
         self, cache: "RecurrentCache", write: torch.Tensor, read: torch.Tensor, iteration: int = 0
     ):
         self._cache = cache
-        self.write = write
+        self._store = cache.stores[0]
+        self.write = write.contiguous()  # another stride would be another program, too
         self.read = read
         self.iteration = iteration
+
+    def turn_to(self, layer_idx: int) -> None:
+        """Show this layer's keys and values from now on.
+
+        A layer does know its number. But to a compiler every number is another program.
+        """
+        self._store = self._cache.stores[layer_idx]
+        self._store.grow()
 
     @property
     def tables(self) -> list[torch.Tensor]:
@@ -183,7 +201,7 @@ class View:
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values (B, H, T, d) and return all of the rows, (B, H, S, d)."""
-        return self._cache.stores[layer_idx].exchange(self, key_states, value_states)
+        return self._store.exchange(self, key_states, value_states)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -209,7 +227,7 @@ class Projection(View):
         Raises:
             Stopped: Always.
         """
-        self._cache.stores[layer_idx].exchange(self, key_states, value_states)
+        self._store.exchange(self, key_states, value_states)
         raise Stopped
 
 

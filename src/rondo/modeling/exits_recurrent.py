@@ -111,20 +111,21 @@ class ExitGate(nn.Module):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
-        self.readout = nn.Linear(config.hidden_size + 1, 1)
+        self.weight = nn.Parameter(torch.empty(1, config.hidden_size + 1))
+        self.bias = nn.Parameter(torch.empty(1))
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Start by expecting one nat of everything, at which no threshold of use lets go."""
-        self.readout.weight.zero_()
-        self.readout.bias.zero_()
+        self.weight.zero_()
+        self.bias.zero_()
 
     def forward(self, state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Return the logarithm of the expected divergence in nats, (...), of states (..., D)."""
         moved = state_distance(state, before).clamp_min(1e-6).log()
         unit = nn.functional.normalize(state.float(), dim=-1) * state.shape[-1] ** 0.5
-        features = torch.cat([unit, moved[..., None]], -1).to(self.readout.weight)
-        return self.readout(features)[..., 0].float()
+        features = torch.cat([unit, moved[..., None]], -1).to(self.weight)
+        return nn.functional.linear(features, self.weight, self.bias)[..., 0].float()
 
 
 class ExitChecks:

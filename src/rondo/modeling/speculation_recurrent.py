@@ -57,6 +57,8 @@ class Drafting:
         judged: Tokens that were accepted or refused lately, fading.
         rounds: Verifications so far.
         emitted: Tokens so far.
+        drafted: Tokens that were read at the draft's depth so far.
+        tried: Tokens on which the draft's depth was chosen, and how many depths there were.
     """
 
     depth: int
@@ -64,6 +66,8 @@ class Drafting:
     judged: float = 4.0
     rounds: int = 0
     emitted: int = 0
+    drafted: int = 0
+    tried: tuple[int, int] = (0, 0)
 
     @property
     def acceptance(self) -> float:
@@ -242,8 +246,10 @@ def speculate(
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return ids
-    output: Any = GenerateDecoderOnlyOutput
-    return output(sequences=ids, past_key_values=cache)
+    kind: Any = GenerateDecoderOnlyOutput
+    output = kind(sequences=ids, past_key_values=cache)
+    output.drafting = drafting
+    return output
 
 
 def _check(settings: Speculation, options: Any, cache: Any, depth: Any) -> None:
@@ -316,7 +322,8 @@ def _begin(
             agreed = (shallow.argmax(-1) == tried[-1].argmax(-1)).float()
         # Two tokens more, one of them accepted: a short prompt must not promise everything.
         judged = int(real_BT.sum()) + 2
-        found.append(Drafting(depth, float(agreed[real_BT].sum()) + 1, judged))
+        told = (real_BT.numel(), len(candidates))
+        found.append(Drafting(depth, float(agreed[real_BT].sum()) + 1, judged, tried=told))
     config, core = decoder.model.config, decoder.model.model.core[0]
     head = decoder.model.lm_head.weight.numel() / sum(one.numel() for one in core.parameters())
 
@@ -347,6 +354,7 @@ def _round(
     length = ids.shape[1]
     logits_BKV = decoder.verify(drafted[:, length - 1 : -1], drafting.depth)
     drafting.rounds += 1
+    drafting.drafted += count * len(ids)
     standing = []
     for place in range(count):
         token_B1 = drafted[:, length + place, None]

@@ -56,8 +56,10 @@ def step_plan(config: TrainConfig, cap: int, step: int, total_steps: int) -> Ste
         seq_len = scheduled_seq_len(
             step, total_steps, seq_len, batch.seq_schedule_start, batch.seq_schedule_fraction
         )
-    if config.mode == "static":
-        return StepPlan((Draw(Depth(1, 1), None),) * setting.draws_per_step, 1, 1, seq_len)
+    if config.mode in ("static", "gate"):
+        # The gate is taught by the deepest answer, which is always the same one's.
+        depth = Depth(1, 1) if config.mode == "static" else Depth(setting.mean, 0)
+        return StepPlan((Draw(depth, None),) * setting.draws_per_step, *depth, seq_len)
     mean = scheduled_mean(
         step,
         total_steps,
@@ -106,6 +108,8 @@ def step_flops(
         parent: Costs of the parent, where it teaches.
     """
     length, total, frozen = plan.seq_len, 0, config.lora.rank > 0
+    if config.mode == "gate":
+        return float(costs.gate_train_flops(plan.mean, length) * step_tokens(config))
     for draw in plan.draws:
         total += costs.train_flops(*draw.depth, length, frozen)
         if draw.shallow is not None:
@@ -121,6 +125,9 @@ def step_flops(
 
 def paper_step_flops(config: TrainConfig, costs: Costs, plan: StepPlan) -> float:
     """Return a step's training FLOPs in the paper's account: layers only, at the nominal mean."""
+    if config.mode == "gate":
+        codas = 2 * (plan.mean - 1) * costs.coda_parameters
+        return float((costs.paper_forward_flops(plan.mean) + codas) * step_tokens(config))
     per_token = costs.paper_train_flops(plan.mean, plan.window)
     if config.mode == "static":
         per_token += 6 * costs.norm_parameters
@@ -156,7 +163,8 @@ def plan_steps(config: TrainConfig, costs: Costs, cap: int, parent: Costs | None
         finished = Path(budget.like) / "final" / "run.json"
         if not finished.is_file():
             raise UserError(f"--budget.like {budget.like}: there is no finished run to match")
-        flops = read_json(finished)["training"]["flops"]
+        facts = read_json(finished)
+        flops = facts.get("gate", facts.get("training"))["flops"]
     if flops is None:
         return DEFAULT_STEPS
 

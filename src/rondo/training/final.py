@@ -8,6 +8,7 @@ import torch
 
 from rondo import processes, provenance
 from rondo.config import command_line
+from rondo.loading import copy_code
 from rondo.training import adapters, distributed
 from rondo.training.setup import Run
 
@@ -36,6 +37,8 @@ def _write(run: Run, state: dict[str, torch.Tensor]) -> None:
         for path in run.model_directory.iterdir():
             if path.is_file() and path.name not in written and not set(path.suffixes) & WEIGHTS:
                 shutil.copyfile(path, partial / path.name)
+        if run.config.mode != "static":
+            copy_code(partial)  # not the code of an older checkpoint
         _describe(run, partial)
 
 
@@ -48,8 +51,12 @@ def _describe(run: Run, partial: Path) -> None:
         "parent": before["parent"],
         "plan": before["plan"] if run.config.mode != "static" else None,
         "history": [*before.get("history", [before["command"]]), command_line(run.config)],
-        "training": training,
     }
+    if run.config.mode == "gate":
+        # The weights that answer are those of before, and so is what was spent on them.
+        facts |= {key: before[key] for key in ("training",) if key in before} | {"gate": training}
+    else:
+        facts["training"] = training
     provenance.write_json(partial / "run.json", provenance.record(run.config, **facts))
 
 
@@ -67,18 +74,23 @@ def model_card(run: Run, training: dict[str, Any]) -> str:
 def training_facts(run: Run, before: dict[str, Any]) -> dict[str, Any]:
     """Return what a report says about the training of a model with this run.json."""
     config, progress, setting = run.config, run.progress, run.config.recurrence
-    static = config.mode == "static"
+    loss, recurrence = config.loss.kind, f"{setting.distribution} {setting.mean}"
+    if config.mode == "static":
+        loss, recurrence = "last", "none"
+    elif config.mode == "gate":
+        loss, recurrence = "gate", f"fixed {setting.mean}"
     sources = run.rows.facts
+    # What began with random weights stays their twin.
+    random = config.mode == "recurrent" and before.get("training", {}).get("mode") == "random"
     return {
-        # What began with random weights stays their twin.
-        "mode": "random" if before.get("training", {}).get("mode") == "random" else config.mode,
+        "mode": "random" if random else config.mode,
         "tokens": progress.tokens,
         "steps": progress.step,
         "flops": progress.flops,
         "flops_paper": progress.flops_paper,
         "seconds": round(progress.seconds, 1),
-        "loss": "last" if static else config.loss.kind,
-        "recurrence": "none" if static else f"{setting.distribution} {setting.mean}",
+        "loss": loss,
+        "recurrence": recurrence,
         "optimizer": config.optimizer.name,
         "lr": config.optimizer.lr,
         "seed": config.seed,

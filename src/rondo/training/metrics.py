@@ -67,8 +67,9 @@ class Metrics:
         """Record one step."""
         row = self._append(row)
         self._validated = _validated(row) or self._validated
+        loss = row["train/loss" if "train/loss" in row else "train/objective"]
         self._bar.set_postfix_str(
-            f"loss {float(row['train/loss']):.3f}{self._validated}, "
+            f"loss {float(loss):.3f}{self._validated}, "
             f"r {row['train/recurrence']:.3g}, {row['perf/tokens_per_s']:.0f} tokens/s, "
             f"MFU {row['perf/mfu']:.0%}",
             refresh=False,

@@ -13,6 +13,7 @@ from rondo.config import LossConfig
 from rondo.data import Rows
 from rondo.dynamics import loop_health
 from rondo.modeling.modeling_recurrent import lm_logits
+from rondo.training import gate
 from rondo.training.budget import Draw
 from rondo.training.losses import Hidden, Losses, chunked_losses
 
@@ -28,6 +29,7 @@ class Objective(nn.Module):
         loss: What is minimised.
         teacher: The frozen parent, where it teaches.
         checkpoint_iterations: Whether iterations are recomputed in the backward pass.
+        gated: Whether its exit gate alone is trained.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Objective(nn.Module):
         loss: LossConfig = PLAIN,
         teacher: Any = None,
         checkpoint_iterations: bool = False,
+        gated: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -45,13 +48,16 @@ class Objective(nn.Module):
         self.recurrent = recurrent
         self.loss = loss
         self.checkpoint_iterations = checkpoint_iterations
+        self.gated = gated
 
     def forward(self, task: str, *arguments: Any) -> Any:
-        """Do one of `minimised`, `measured` and `health`."""
+        """Do one of `minimised`, `measured`, `gauged` and `health`."""
         return getattr(self, task)(*arguments)
 
     def minimised(self, rows: Rows, draw: Draw, state_seeds: torch.Tensor) -> Losses:
         """Return what a micro-batch contributes to the step's loss."""
+        if self.gated:
+            return gate.minimised(*self._examples(rows, draw.depth.num_recurrences, state_seeds))
         shallow = parent = None
         if self.recurrent:
             output = self.model.model(
@@ -93,9 +99,17 @@ class Objective(nn.Module):
             for one in branches
         ]
 
+    def gauged(self, rows: Rows, depth: int, state_seeds: torch.Tensor) -> list[torch.Tensor]:
+        """Return what `gate.summary` sums up of the gate, where a depth is the deepest."""
+        return gate.measured(*self._examples(rows, depth, state_seeds))
+
     def health(self, input_ids: torch.Tensor, depth: int) -> dict[str, float]:
         """Return the telemetry of the loop."""
         return loop_health(self.model, input_ids, depth)
+
+    def _examples(self, rows: Rows, depth: int, state_seeds: torch.Tensor) -> tuple[Any, Any]:
+        found = gate.examples(self.model, rows, depth, state_seeds, self._logits)
+        return self.model.model.exit_gate, found
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return logits_of(self.model, hidden, self.recurrent)

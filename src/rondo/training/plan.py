@@ -25,7 +25,7 @@ from rondo.flops import Costs, costs_of, costs_of_parent
 from rondo.loading import parent_directory
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.inputs_recurrent import LayerInputs
-from rondo.training import adapters
+from rondo.training import adapters, gate
 from rondo.training.budget import (
     StepPlan,
     extra_iterations,
@@ -122,6 +122,9 @@ def subject(config: PlanConfig) -> Subject:
     directory = shape_directory(Path(config.model))
     model = build(directory if recurrent else parent_shape(directory), recurrent, held)
     count = costs_of if recurrent else costs_of_parent
+    if recurrent:
+        with torch.device("meta"):
+            gate.fit_exits(model, config.mode == "gate")
     plain = costs = count(model)
     if config.lora.rank:
         with torch.device("meta"):
@@ -130,7 +133,7 @@ def subject(config: PlanConfig) -> Subject:
     parent_costs = None
     if recurrent and config.loss.kind == "deep+distil" and config.loss.parent_weight:
         parent_costs = costs_of_parent(build(parent_shape(directory), False, dtype))
-    parts = ("prelude", "core", "delta", "coda", "injection", "norm", "embedding", "head")
+    parts = ("prelude", "core", "delta", "coda", "injection", "norm", "embedding", "head", "gate")
     parameters = {part: getattr(plain, f"{part}_parameters") for part in parts}
     parameters |= {
         "adapters": costs.total_parameters - plain.total_parameters,
@@ -161,7 +164,7 @@ def phases(
         ramps.append(depth.backprop_schedule_fraction)
     corners = {min(total_steps, math.ceil(ramp * total_steps)) for ramp in ramps}
     corners |= {0, min(warmup, total_steps), max(0, decay), total_steps}
-    rows, window, outputs = [], 1, 1
+    rows, window, outputs = [], 0, 2 if config.mode == "gate" else 1
     for start, stop in pairwise(sorted(corners)):
         plans = [step_plan(config, this.cap, step, total_steps) for step in range(start, stop)]
         rate = "warm-up" if start < warmup else "hold" if start < decay else "decay"
@@ -248,6 +251,15 @@ def activations(this: Subject, size: tuple[int, int], window: int, outputs: int)
     }
 
 
+def examples(this: Subject, size: tuple[int, int], depth: int) -> dict[str, int]:
+    """Return the bytes of what an exit gate learns from, whatever the checkpointing.
+
+    States and answers of each iteration, and the states once more as the gate's features.
+    """
+    held = 3 * depth * math.prod(size) * this.model.config.hidden_size * 4
+    return dict.fromkeys(("none", "iteration", "all"), held)
+
+
 def moment_bytes(config: PlanConfig, model: Any) -> int:
     """Return the bytes of the optimizers' moments: one of Muon, two of AdamW, in float32."""
     muon = config.optimizer.name == "muon"
@@ -264,7 +276,8 @@ def memory(
     """Return the bytes one process needs by use, and its activations by kind of checkpointing."""
     shards, size = config.gpus // config.machine.replicas, this.dtype.itemsize
     trained = this.parameters["trained"]
-    frozen = (size if config.gpus == 1 else 4) * (this.parameters["total"] - trained)
+    held = size if config.lora.rank and config.gpus == 1 else 4
+    frozen = held * (this.parameters["total"] - trained)
     weights = list(this.model.parameters())
     found = {
         "weights": (4 * trained + frozen) // shards,
@@ -287,11 +300,14 @@ def memory(
         learned = sum(one.numel() for one in root if one.requires_grad)
         found["gathered"] = 4 * (sum(one.numel() for one in root) + 2 * layer + 2 * learned)
     length, lean = config.batch.seq_len, this.dtype != torch.float32
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.autocast("cpu", this.dtype, lean, cache_enabled=False),
-    ):
-        kinds = activations(this, (micro, length), window, outputs)
+    if config.mode == "gate":
+        kinds = examples(this, (micro, length), config.recurrence.mean)
+    else:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            torch.autocast("cpu", this.dtype, lean, cache_enabled=False),
+        ):
+            kinds = activations(this, (micro, length), window, outputs)
     found["activations"] = kinds[config.machine.activation_checkpointing]
     logits = min(CHUNK_TOKENS, micro * length) * this.model.config.vocab_size
     found["logits"] = (outputs + (this.parent_costs is not None)) * BYTES_PER_LOGIT * logits

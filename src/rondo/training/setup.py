@@ -17,7 +17,7 @@ from rondo.flops import Costs, costs_of, costs_of_parent
 from rondo.loading import load_model, parent_directory
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo.processes import World
-from rondo.training import adapters, distributed, optim
+from rondo.training import adapters, distributed, gate, optim
 from rondo.training.budget import plan_steps
 from rondo.training.initial import initialize
 from rondo.training.metrics import import_tracker
@@ -169,11 +169,11 @@ def directories(config: TrainConfig) -> tuple[Path, dict[str, Any]]:
     if "parent" not in facts:
         raise UserError(f"{config.model} is no recurrent checkpoint: make one with rondo convert")
     before = facts.get("training", {}).get("mode")
-    if before and config.mode != ("static" if before == "static" else "recurrent"):
+    going_on = ("static",) if before == "static" else ("recurrent", "gate")
+    if before and config.mode not in going_on:
         raise UserError(
             f"{config.model} was trained in mode {before}, and mode {config.mode} would not go on "
-            f"from it: train it in mode {'static' if before == 'static' else 'recurrent'}, or name "
-            "the converted model"
+            f"from it: train it in mode {' or '.join(going_on)}, or name the converted model"
         )
     if config.mode == "static" and before is None:
         directory = parent_directory(facts["parent"])
@@ -192,6 +192,7 @@ def load(config: TrainConfig, directory: Path, dtype: torch.dtype) -> Any:
         model = load_model(AutoModelForCausalLM, directory, stored)
     else:
         model = load_model(RecurrentForCausalLM, directory, stored)
+        gate.fit_exits(model, config.mode == "gate")
     if config.mode == "random":
         torch.manual_seed(config.seed)
         model = RecurrentForCausalLM._from_config(model.config, dtype=stored)
@@ -206,7 +207,7 @@ def prepare(
 ) -> Objective:
     """Return the module that training calls: checkpointing, then compilation, then sharding."""
     machine = config.machine
-    model.train()
+    model.train(config.mode != "gate")  # a gate learns how the model answers, without dropout
     layers: list[nn.Module] = list(model.base_model.layers)
     once = [*model.model.prelude, *model.model.coda] if recurrent else layers
     if machine.activation_checkpointing == "all" or (
@@ -230,6 +231,7 @@ def prepare(
         config.loss,
         teacher,
         checkpoint_iterations=machine.activation_checkpointing != "none",
+        gated=config.mode == "gate",
     )
     if world.size == 1:
         return objective.to(world.device)

@@ -20,7 +20,7 @@ from rondo.config import TrainConfig
 from rondo.data import Rows
 from rondo.errors import UserError
 from rondo.processes import World
-from rondo.training import checkpoint, distributed, guard, optim
+from rondo.training import checkpoint, distributed, gate, guard, optim
 from rondo.training.budget import (
     Draw,
     StepPlan,
@@ -121,7 +121,6 @@ def train_step(run: Run, wishes: list[int]) -> tuple[dict[str, Any], bool]:
     depths = [draw.depth.num_recurrences for draw in plan.draws]
     row: dict[str, Any] = {
         "step": progress.step,
-        "train/loss": last,
         "train/objective": objective,
         "train/grad_norm": grad_norm,
         "train/skipped": refused or False,
@@ -136,6 +135,8 @@ def train_step(run: Run, wishes: list[int]) -> tuple[dict[str, Any], bool]:
         "perf/tokens_per_s": step_tokens(config) / seconds,
         "perf/mfu": flops / seconds / run.peak,
     }
+    if config.mode != "gate":  # whose loss is none of the next token
+        row["train/loss"] = last
     if any(draw.shallow for draw in plan.draws):
         row["train/loss_shallow"] = shallow
     return row, stop
@@ -143,25 +144,31 @@ def train_step(run: Run, wishes: list[int]) -> tuple[dict[str, Any], bool]:
 
 @torch.no_grad()
 def validation(run: Run) -> dict[str, float]:
-    """Return the held-out loss at several depths and the telemetry of the loop."""
+    """Return the held-out loss at several depths and the telemetry of the loop.
+
+    Of a model of which only the gate moves, both stand still: it returns how the gate does.
+    """
     config, world = run.config, run.world
     if run.held_out is None:
         return {}
-    depths = validated_depths(run)
+    gated, depths = config.mode == "gate", validated_depths(run)
+    task, at = ("gauged", config.recurrence.mean) if gated else ("measured", depths)
     run.objective.eval()
     count = len(run.held_out.input_ids)
     # Every process makes the same number of calls: rows that cannot be dealt equally are
     # measured by all, which leaves the mean as it is.
     mine = range(world.rank, count, world.size) if count % world.size == 0 else range(count)
     micro = config.batch.micro_batch_size
-    sums = torch.zeros(len(depths) + 1, dtype=torch.float64)
+    sums = torch.zeros(1, dtype=torch.float64)
     for start in range(0, len(mine), micro):
         indices = list(mine[start : start + micro])
         rows = run.held_out.take(indices).to(world.device)
         with precision(run):
-            found = run.objective("measured", rows, depths, row_seeds(0, indices).to(world.device))
-        sums += torch.stack([*found, (rows.labels != -100).sum()]).double().cpu()
+            found = run.objective(task, rows, at, row_seeds(0, indices).to(world.device))
+        sums = sums + torch.stack([*found, (rows.labels != -100).sum()]).double().cpu()
     *losses, counted = processes.total(world, sums.tolist())
+    if gated:
+        return gate.summary(losses, counted)
     row = {f"val/loss@r{r}": loss / counted for r, loss in zip(depths, losses, strict=True)}
     if config.mode != "static" and config.watch.telemetry:
         ids = run.held_out.input_ids[:1].to(world.device)

@@ -115,7 +115,8 @@ def quiet_libraries() -> None:
     """Leave the screen to our own lines: only errors of libraries are shown."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     # By name, so that this module itself stays light.
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
 

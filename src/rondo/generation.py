@@ -139,6 +139,7 @@ def open_session(
     model = load_recurrent(config.model, str(dtype).removeprefix("torch."), config.device)
     if config.weights:
         quantize(model, config.weights)
+    torch.manual_seed(config.seed)
     told = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])} - {None}
     loaded = Holder.of(costs, shape, dtype, int8, loaded=True)
@@ -211,8 +212,8 @@ def decode(
     )
     seconds = time.perf_counter() - start
     length, drafting = len(prompt), getattr(output, "drafting", None)
-    read = output.sequences.shape[1] - 1 - read_before
-    depths = torch.tensor(decoding.depths)[:, None].expand(rows, read)
+    width = output.sequences.shape[1] - 1 - read_before
+    depths = torch.tensor(decoding.depths)[:, None].expand(rows, width)
     full = flops_by_token(session.costs, depths, 0, length, read_before)
     flops, took = full, depths[:, length - 1 - read_before :]
     if cache is not None:
@@ -221,20 +222,12 @@ def decode(
     found = []
     for row, tokens in enumerate(output.sequences[:, length:].tolist()):
         count = until_end(tokens, session.ends)
-        stop = length - read_before + count - 1
-        extra = 0.0
+        read = slice(length - read_before + count - 1)
+        spent, most = (float(one[row, read].sum()) for one in (flops, full))
         if drafting is not None:
-            extra = drafting_flops(session.costs, drafting, decoding.cap, length, count - 1)
-        found.append(
-            Decoded(
-                tokens[:count],
-                took[row, :count].tolist(),
-                float(flops[row, :stop].sum()) + extra,
-                float(full[row, :stop].sum()),
-                seconds,
-                drafting,
-            )
-        )
+            spent += drafting_flops(session.costs, drafting, decoding.cap, length, count - 1)
+        recurrences = took[row, :count].tolist()
+        found.append(Decoded(tokens[:count], recurrences, spent, most, seconds, drafting))
     return found
 
 

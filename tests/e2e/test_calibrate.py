@@ -39,7 +39,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted checkpoint. Nobody may change it."""
     base = tmp_path_factory.mktemp("models")
     parent = save_parent(base / "parent")
-    assert rondo("convert", parent, base / "model", "--num-recurrences", DEPTH) == 0
+    how = ("--num-recurrences", DEPTH, "--injection", "linear")
+    assert rondo("convert", parent, base / "model", *how) == 0
     return base / "model"
 
 

@@ -101,6 +101,13 @@ def test_drafts_change_no_answer_and_are_reported(
     assert drafted["executed_flops"] > plain["executed_flops"]
 
 
+def test_a_seed_says_what_is_sampled(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(seed: int) -> str:
+        return rows(capsys, model, "--temperature", 1, "--seed", seed)[0]["text"]
+
+    assert text(1) == text(1) != text(2)
+
+
 @pytest.mark.parametrize("policy", ["full", "ragged", "recompute", "last", "full-int8"])
 def test_every_cache_policy_answers(
     model: Path, capsys: pytest.CaptureFixture[str], policy: str

@@ -34,7 +34,7 @@ THRESHOLDS = {
     "margin": 0.996,
     "argmax_stable": 0.4,
     "state_distance": 0.22,
-    "gate": 0.16,
+    "gate": 0.6,
 }
 RULES = {name: ExitRule(name, threshold) for name, threshold in THRESHOLDS.items()}
 DEPTH = 5
@@ -134,8 +134,9 @@ def test_a_rule_that_cannot_be_is_refused(fields: tuple[Any, ...], message: str)
 
 
 @each_criterion
-def test_every_rule_of_a_padded_batch_is_its_definition_row_by_row(name: str) -> None:
-    left = assert_as_plain(small(gate=True), "ragged", [(DEPTH, 3, 4)] * 3, RULES[name])
+@pytest.mark.parametrize("policy", ["full", "ragged"])
+def test_every_rule_of_a_padded_batch_is_its_definition_row_by_row(name: str, policy: str) -> None:
+    left = assert_as_plain(small(gate=True), policy, [(DEPTH, 3, 4)] * 3, RULES[name])
     assert len(set(left)) >= 3
 
 
@@ -150,7 +151,7 @@ def test_floors_and_intervals_are_kept(name: str, policy: str) -> None:
 
 @pytest.mark.parametrize("name", ["margin", "gate"])
 def test_rules_are_their_definition_in_a_family_whose_layers_differ(name: str) -> None:
-    threshold = {"margin": 0.994, "gate": 1.0}[name]
+    threshold = {"margin": 0.994, "gate": 0.8}[name]
     model = small("gemma3_text", gate=True)
     left = assert_as_plain(model, "ragged", [DEPTH] * 3, ExitRule(name, threshold))
     assert len(set(left)) >= 3

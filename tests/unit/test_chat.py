@@ -214,6 +214,21 @@ def test_a_cache_kept_between_turns_changes_no_answer(policy: str, draft: int | 
     )
 
 
+def test_a_turn_reads_only_what_the_one_before_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, counts, begin = start(), [], RecurrentCache.begin
+
+    def noted(cache: RecurrentCache, shape: Any, *more: Any) -> None:
+        counts.append(shape[1])
+        begin(cache, shape, *more)
+
+    monkeypatch.setattr(RecurrentCache, "begin", noted)
+    heard(chat, "the inner one")
+    before, turn = list(chat.read), len(counts)
+    heard(chat, "another")
+    prompt = chat_tokens(TOKENIZER, chat.messages[:-1])
+    assert counts[turn] == len(prompt) - common_length(before, prompt) < len(prompt) - 5
+
+
 def test_under_full_another_depth_starts_anew_and_under_ragged_it_goes_on() -> None:
     for policy, same in (("full", False), ("ragged", True)):
         chat = start(cache=policy, recurrences=2)

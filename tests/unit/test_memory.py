@@ -51,6 +51,15 @@ def test_the_plain_cache_of_one_depth_is_what_the_costs_say() -> None:
     assert HOLDER.forecast(request).cache == 50 * HOLDER.costs.kv_bytes(3, 4)
 
 
+def test_residuals_take_nothing_at_one_iteration_and_less_than_the_whole_later() -> None:
+    def cache(policy: str, depth: int) -> int:
+        return HOLDER.forecast(replace(LONG, policy=policy, depths=(depth,))).cache
+
+    assert cache("full-int8", 1) == cache("full", 1) == cache("last", 1)
+    # Four bytes of a value become one, and one step for the eight values of a head.
+    assert cache("full-int8", 21) < 0.55 * cache("full", 21)
+
+
 def test_weights_are_those_the_model_holds_and_none_once_it_is_loaded() -> None:
     stored = sum(parameter.nbytes for parameter in MODEL.parameters())
     assert HOLDER.forecast(LONG).weights == HOLDER.forecast(LONG).loading == stored

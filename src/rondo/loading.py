@@ -29,6 +29,7 @@ MODELING_FILES = (
     "modeling_recurrent.py",
     "slots_recurrent.py",
     "speculation_recurrent.py",
+    "stores_recurrent.py",
 )
 
 

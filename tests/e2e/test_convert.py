@@ -49,6 +49,7 @@ FILES = {
     "loops_recurrent.py",
     "slots_recurrent.py",
     "speculation_recurrent.py",
+    "stores_recurrent.py",
     "config.json",
     "configuration_recurrent.py",
     "generation_config.json",

@@ -197,8 +197,8 @@ def small(family: str = "llama", gate: bool = False, **fields: Any) -> Recurrent
     model = recurrent(family, [0, 1, 3, 5], sizes=(1, 2, 1), **fields)
     if gate:
         model.model.exit_gate = ExitGate(model.config)
-        generator = torch.Generator().manual_seed(2)
-        nn.init.normal_(model.model.exit_gate.weight, std=0.1, generator=generator)
+        stream = torch.Generator().manual_seed(2)
+        nn.init.normal_(model.model.exit_gate.weight, std=0.1, generator=stream)
         nn.init.ones_(model.model.exit_gate.bias)
         model.model.exit_gate.weight.data[0, -1] = 1.0
     return model.double()
@@ -423,8 +423,7 @@ def test_a_cache_that_is_reset_is_a_new_one(policy: str) -> None:
     first = feed(model, cache, IDS[:, :8], PADDING, 5, SETTLES)
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == cache.num_checks == 0
-    ids, padding = IDS[:1].flip(1), (0,)
-    feed(model, cache, ids, padding, 3, SETTLES)
+    feed(model, cache, IDS[:1].flip(1), (0,), 3, SETTLES)
     assert cache.recurrences.shape == (1, 11)
     cache.reset()
     assert torch.equal(feed(model, cache, IDS[:, :8], PADDING, 5, SETTLES), first)

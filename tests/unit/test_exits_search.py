@@ -15,6 +15,7 @@ from rondo.evaluation.exits import (
     idealised,
     largest,
     num_checks,
+    pays,
     transfers,
 )
 from rondo.evaluation.policies import blind_mixture
@@ -189,6 +190,15 @@ def test_transfer_is_told_by_the_interval() -> None:
     assert transfers(Difference(0.008, 0.006, 0.009), 0.005) == "it does not transfer"
     assert "too few" in transfers(Difference(0.001, -math.inf, math.inf), 0.005)
     assert "too few" in transfers(Difference(0.006, -math.inf, math.inf), 0.005)
+
+
+def test_a_rule_pays_where_no_depth_chosen_blindly_does_better() -> None:
+    spent = {"decoding": 2.0, "reading": 4.0}
+    assert pays(spent, 5.0, set()) == "pays"
+    assert pays(spent, 3.0, set()) == "pays in decoding only"
+    assert pays(spent, 2.0, set()) == "does not pay"
+    assert pays(spent, 5.0, {"decoding"}) == "pays in reading only"
+    assert pays(spent, 5.0, {"decoding", "reading"}) == "does not pay"
 
 
 def test_documents_are_halved_by_content_and_copies_count_once() -> None:

@@ -76,17 +76,17 @@ def _prices(rule: ExitRule, result: Executed, chosen: Half, tried: Half) -> Json
     """Hold what a rule spent on the held-out half against depths chosen without looking."""
     spent = tried.spent(rule, result.left_N)
     means = {how: float(spent_N.mean()) for how, spent_N in spent.items()}
-    fixed = _shallowest(chosen)
-    cheaper = [how for how in means if means[how] < tried.costs[fixed - 1]]
-    pays = {2: "pays", 1: f"pays in {''.join(cheaper)} only", 0: "does not pay"}[len(cheaper)]
+    blind = {
+        how: _against_blind(rule.criterion, how, result, tried.by_document(spent_N), tried)
+        for how, spent_N in spent.items()
+    }
+    fixed = float(tried.costs[_shallowest(chosen) - 1])
+    worse = {how for how, found in blind.items() if (found["high"] or 0) < 0}
     return {
         "flops_per_token": means,
         "flops_of_full": {how: mean / tried.costs[-1] for how, mean in means.items()},
-        "pays": pays,
-        "against_blind": {
-            how: _against_blind(rule.criterion, how, result, tried.by_document(spent_N), tried)
-            for how, spent_N in spent.items()
-        },
+        "pays": exits.pays(means, fixed, worse),
+        "against_blind": blind,
     }
 
 

@@ -180,3 +180,17 @@ def transfers(held_out: Difference, tolerance: float) -> str:
     if held_out.low > tolerance:
         return "it does not transfer"
     return "it goes beyond, which may be chance"
+
+
+def pays(spent: dict[str, float], fixed: float, worse: set[str]) -> str:
+    """Say in a clause whether a rule is worth its checks.
+
+    Args:
+        spent: FLOPs per token by way of running.
+        fixed: Those of the shallowest fixed depth that keeps the tolerance.
+        worse: Ways in which a mixture of fixed depths of equal cost was shown to be better.
+    """
+    ways = [how for how, flops in spent.items() if flops < fixed and how not in worse]
+    if len(ways) == len(spent):
+        return "pays"
+    return f"pays in {' and '.join(ways)} only" if ways else "does not pay"

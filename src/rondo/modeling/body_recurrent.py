@@ -23,7 +23,7 @@ from .deltas_recurrent import DeltaLinear, DeltaVectors, add_deltas, delta_index
 from .exits_recurrent import ExitChecks, ExitGate
 from .injection_recurrent import Injection, positional_noise
 from .inputs_recurrent import LayerInputs, Selection
-from .loops_recurrent import loop_by_row, loop_with_branches, loop_with_exits
+from .loops_recurrent import Way, run_loop
 from .slots_recurrent import CacheAtIteration, core_slot, make_room
 
 
@@ -283,7 +283,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         checkpoint_iterations: bool = False,
         **kwargs: Any,
     ) -> RecurrentModelOutput:
-        """Run prelude, loop and coda.
+        """Run prelude, loop and coda; ValueError where options exclude each other.
 
         Args:
             input_ids: Token ids, (B, T); or `inputs_embeds`, (B, T, D).
@@ -301,17 +301,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
             state_seed: Seed of a `normal` initial state, one or one per row.
             checkpoint_iterations: Recompute the inside of iterations in the backward pass.
             **kwargs: Passed on to the layers.
-
-        Raises:
-            ValueError: The depth is out of range, or the options exclude each other.
         """
         embeds = self.embed(input_ids, inputs_embeds)
-        depth: Any = self.check_depth(num_recurrences, embeds.shape[0])
-        taps = bool(output_recurrences or backprop_depth)
-        cache = self._cache_for(past_key_values, bool(use_cache), depth, taps, checks is not None)
-        several = checks is not None and embeds.shape[1] > 1
+        depth = self.check_depth(num_recurrences, embeds.shape[0])
+        way = Way(output_recurrences, backprop_depth, checkpoint_iterations, branch_at, checks)
+        cache = self._cache_for(past_key_values, bool(use_cache), depth, way)
+        apart = checks is not None and embeds.shape[1] > 1
         inputs = LayerInputs.prepare(
-            self, embeds, attention_mask, position_ids, cache, kwargs, whole_masks=several
+            self, embeds, attention_mask, position_ids, cache, kwargs, whole_masks=apart
         )
         own = cache if isinstance(cache, RecurrentCache) else None
         if own is not None:
@@ -321,46 +318,28 @@ class RecurrentModel(RecurrentPreTrainedModel):
         s_BTD = self.initial_state(e_BTD, inputs.position_ids, state_seed)
         if warm_start and own is not None and own.state is not None and embeds.shape[1] == 1:
             s_BTD = own.state[:, None]
-        if taps:
-            loop = loop_with_branches(
-                self,
-                depth,
-                output_recurrences,
-                backprop_depth,
-                checkpoint_iterations,
-                s_BTD,
-                e_BTD,
-                inputs,
-            )
-        elif checks is not None:
-            assert own is not None
-            real_BT = _real(attention_mask, embeds)
-            loop = loop_with_exits(self, depth, checks, real_BT, s_BTD, e_BTD, inputs, own)
-        else:
-            loop = loop_by_row(self, depth, s_BTD, e_BTD, inputs, cache, branch_at)
-            if own is not None:
-                own.finished(depth, depth)
+        real = _real(attention_mask, embeds)
+        loop = run_loop(self, way, depth, real, s_BTD, e_BTD, inputs, cache)
         hidden_BTD = self.finish(loop.state, inputs, cache) if loop.hidden is None else loop.hidden
         if own is not None:
             own.state = loop.state[:, -1]
-        returned = cache if use_cache else None
-        return RecurrentModelOutput(hidden_BTD, returned, loop.branches, loop.state)
+        cache = cache if use_cache else None
+        return RecurrentModelOutput(hidden_BTD, cache, loop.branches, loop.state)
 
     def _cache_for(
         self,
         cache: Cache | None,
         use_cache: bool,
         depth: Any,
-        taps: bool,
-        exits: bool,
+        way: Way,
     ) -> Cache | None:
         """Return the cache of a call, with room for its depth.
 
         Raises:
             ValueError: The cache, the depth and the options do not go together.
         """
-        by_row = not isinstance(depth, int)
-        if taps and (use_cache or by_row or exits):
+        by_row, exits = not isinstance(depth, int), way.checks is not None
+        if way.branches and (use_cache or by_row or exits):
             raise ValueError(
                 "branches and a backprop_depth need one depth for all rows, no cache, no exits"
             )

@@ -31,6 +31,43 @@ class Looped:
     branches: tuple[torch.Tensor, ...] = ()
 
 
+@dataclass(frozen=True)
+class Way:
+    """What happens on the way through a loop; see `RecurrentModel.forward` for the fields."""
+
+    output_recurrences: Sequence[int] = ()
+    backprop_depth: int | None = None
+    checkpoint_iterations: bool = False
+    branch_at: int = 0
+    checks: ExitChecks | None = None
+
+    @property
+    def branches(self) -> bool:
+        """Whether codas branch off, or gradient is cut."""
+        return bool(self.output_recurrences or self.backprop_depth)
+
+
+def run_loop(
+    body: Any,
+    way: Way,
+    depth: Any,
+    real_BT: torch.Tensor,
+    s_BTD: torch.Tensor,
+    e_BTD: torch.Tensor,
+    inputs: LayerInputs,
+    cache: Any,
+) -> Looped:
+    """Run the loop the way it is asked for, and note in the cache how far tokens went."""
+    if way.branches:
+        return loop_with_branches(body, depth, way, s_BTD, e_BTD, inputs)
+    if way.checks is not None:
+        return loop_with_exits(body, depth, way.checks, real_BT, s_BTD, e_BTD, inputs, cache)
+    loop = loop_by_row(body, depth, s_BTD, e_BTD, inputs, cache, way.branch_at)
+    if isinstance(cache, RecurrentCache):
+        cache.finished(depth, depth)
+    return loop
+
+
 def loop_by_row(
     body: Any,
     depth: int | torch.Tensor,
@@ -75,9 +112,8 @@ def loop_with_exits(
 ) -> Looped:
     """Run each token until its rule lets it go, at most to the depth of its row.
 
-    A token that has left takes no part in later iterations, except under the cache policy `full`,
-    which runs all to the depth and only takes the answer earlier. In a call of several tokens, a
-    rule that reads logits sees the tokens before as they stand at that iteration.
+    Under the cache policy `full` all run to the depth, and only the answer is taken earlier. Among
+    several tokens a rule that reads logits sees those before as they stand at that iteration.
 
     Args:
         body: The `RecurrentModel`.
@@ -91,9 +127,8 @@ def loop_with_exits(
     """
     depth_B1 = torch.as_tensor(depth, device=e_BTD.device).reshape(-1, 1).expand(len(e_BTD), 1)
     active_BT, answer_BTD, hidden_BTD = real_BT, s_BTD, torch.zeros_like(e_BTD)
-    left_BT = torch.zeros_like(real_BT, dtype=torch.long)
-    executed_BT, nobody_BT = torch.zeros_like(left_BT), torch.zeros_like(real_BT)
-    everyone = cache.policy.startswith("full")
+    nobody_BT, left_BT = torch.zeros_like(real_BT), torch.zeros_like(real_BT, dtype=torch.long)
+    executed_BT, everyone = left_BT, cache.policy.startswith("full")
     # The last check of a single token is its answer; several are answered together at the end.
     answers = checks.rule.reads_logits and e_BTD.shape[1] == 1
     for iteration in range(1, int(depth_B1.max()) + 1):
@@ -130,9 +165,7 @@ def loop_with_exits(
 def loop_with_branches(
     body: Any,
     depth: int,
-    output_recurrences: Sequence[int],
-    backprop_depth: int | None,
-    checkpoint_iterations: bool,
+    way: Way,
     s_BTD: torch.Tensor,
     e_BTD: torch.Tensor,
     inputs: LayerInputs,
@@ -142,9 +175,7 @@ def loop_with_branches(
     Args:
         body: The `RecurrentModel`.
         depth: r.
-        output_recurrences: Depths of the branches.
-        backprop_depth: Iterations up to each output that carry gradient; None for all.
-        checkpoint_iterations: Whether the inside of iterations is recomputed backward.
+        way: Depths of the branches, and the windows.
         s_BTD: First state.
         e_BTD: The prelude's output.
         inputs: What the layers are given.
@@ -152,11 +183,11 @@ def loop_with_branches(
     Raises:
         ValueError: A branch lies beyond the depth.
     """
-    iterate = _recomputed(body.iterate) if checkpoint_iterations else body.iterate
-    wanted = set(output_recurrences)
+    iterate = _recomputed(body.iterate) if way.checkpoint_iterations else body.iterate
+    wanted = set(way.output_recurrences)
     if wanted and not 1 <= min(wanted) <= max(wanted) <= depth:
         raise ValueError(f"output_recurrences {sorted(wanted)} must lie in 1..{depth}")
-    window = backprop_depth or depth
+    window = way.backprop_depth or depth
     outputs, finished = wanted | {depth}, {}
     for iteration in range(1, depth + 1):
         starts = [output - window + 1 for output in outputs if output >= iteration]
@@ -168,7 +199,7 @@ def loop_with_branches(
             s_BTD = iterate(iteration, s_BTD, e_BTD, inputs, None)
         if iteration in outputs:
             finished[iteration] = body.finish(s_BTD, inputs, None)
-    branches = tuple(finished[output] for output in output_recurrences)
+    branches = tuple(finished[output] for output in way.output_recurrences)
     return Looped(s_BTD, finished[depth], branches)
 
 

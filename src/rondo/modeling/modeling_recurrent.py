@@ -96,13 +96,9 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
             warm_start: Whether a single token starts at the state of the one before it.
             state_seed: Seed of a `normal` initial state.
             **kwargs: Passed on to the layers and the loss.
-
-        Raises:
-            ValueError: See `RecurrentModel.forward`.
         """
-        checks = None
-        if exit is not None:
-            checks = ExitChecks(exit, self.logits, self.model.exit_gate)
+        gate = self.model.exit_gate
+        checks = None if exit is None else ExitChecks(exit, self.logits, gate)
         if contrast is not None:
             contrast.check(num_recurrences or self.config.num_recurrences, exit is not None)
         outputs = self.model(
@@ -119,16 +115,25 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
             state_seed=state_seed,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if checks is not None and checks.logits is not None and checks.logits.shape[1] == 1:
-            logits = checks.logits[:, kept, :]  # a single token's last check is its answer
-        else:
-            logits = self.logits(outputs.last_hidden_state[:, kept, :])
-        if contrast is not None:
-            logits = contrast(logits, self.logits(outputs.branches[0][:, kept, :]))
+        logits = self._read_out(outputs, logits_to_keep, checks, contrast)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
+
+    def _read_out(
+        self,
+        outputs: Any,
+        logits_to_keep: int | torch.Tensor,
+        checks: ExitChecks | None,
+        contrast: Contrast | None,
+    ) -> torch.Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_BTD = outputs.last_hidden_state[:, kept, :]
+        if checks is not None and checks.logits is not None and checks.logits.shape[1] == 1:
+            return checks.logits[:, kept, :]  # a single token's last check is its answer
+        if contrast is None:
+            return self.logits(hidden_BTD)
+        return contrast(self.logits(hidden_BTD), self.logits(outputs.branches[0][:, kept, :]))

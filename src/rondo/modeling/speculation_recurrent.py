@@ -116,6 +116,42 @@ def best_count(acceptance: float, config: Any, draft: int, depth: int, head: flo
     )
 
 
+class Text:
+    """The text so far, which grows by a token of each row at a time until all rows are finished.
+
+    Args:
+        ids: The prompt, (B, T).
+        stopping_criteria: What finishes a row.
+        streamer: Where new tokens are put, or None.
+        pad: What a finished row goes on with, or None.
+    """
+
+    def __init__(self, ids: torch.Tensor, stopping_criteria: Any, streamer: Any, pad: Any):
+        self.ids = ids
+        self.going_B = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self._stopping = stopping_criteria
+        self._streamer = streamer
+        self._pad = pad
+
+    def append(self, new: torch.Tensor) -> bool:
+        """Add tokens (B, count), those after the end left out; return whether any row goes on."""
+        for token_B1 in new.split(1, 1):
+            if self._pad is not None:
+                token_B1 = torch.where(self.going_B[:, None], token_B1, self._pad)
+            self.ids = torch.cat([self.ids, token_B1], 1)
+            if self._streamer is not None:
+                self._streamer.put(token_B1.flatten().cpu())
+            self.going_B = self.going_B & ~self._stopping(self.ids, None)
+            if not bool(self.going_B.any()):
+                return False
+        return True
+
+    def room(self, wanted: int) -> int:
+        """Return how many of the wanted tokens fit."""
+        length = self.ids.shape[1]
+        return min(wanted, (self._stopping.max_length or length + wanted) - length)
+
+
 @dataclass
 class Decoder:
     """A model that drafts and verifies one batch.
@@ -135,6 +171,17 @@ class Decoder:
     seed: Any
     mask: torch.Tensor
     states: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def head(self) -> float:
+        """What the head costs, in layers."""
+        layer = sum(one.numel() for one in self.model.model.core[0].parameters())
+        return self.model.lm_head.weight.numel() / layer
+
+    def best_count(self, drafting: Drafting) -> int:
+        """Return the length of draft to go by."""
+        config = self.model.config
+        return best_count(drafting.acceptance, config, drafting.depth, self.depth, self.head)
 
     def _inputs(self, embeds: torch.Tensor) -> LayerInputs:
         length = self.cache.length + embeds.shape[1]
@@ -216,31 +263,15 @@ def speculate(
     decoder = Decoder(model, cache, depth, model_kwargs.get("state_seed", 0), mask)
     pick = Picker(logits_processor, generation_config.do_sample)
     drafting, logits_BV = _begin(decoder, settings, pick, input_ids)
-    head = model.lm_head.weight.numel() / sum(
-        one.numel() for one in model.model.core[0].parameters()
-    )
     new_B1 = pick.draw(pick.scores(input_ids, logits_BV))
-    going_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    pad = generation_config._pad_token_tensor
-    ids = input_ids
-    while True:
-        for token_B1 in new_B1.split(1, 1):
-            token_B1 = token_B1 if pad is None else torch.where(going_B[:, None], token_B1, pad)
-            ids = torch.cat([ids, token_B1], 1)
-            if streamer is not None:
-                streamer.put(token_B1.flatten().cpu())
-            going_B = going_B & ~stopping_criteria(ids, None)
-            if not bool(going_B.any()):
-                break
-        if not bool(going_B.any()):
-            break
+    text = Text(input_ids, stopping_criteria, streamer, generation_config._pad_token_tensor)
+    while text.append(new_B1):
         # What was read beyond the last token that stands is forgotten.
-        cache.crop(cache.length - (ids.shape[1] - 1))
-        count = settings.tokens or best_count(
-            drafting.acceptance, model.config, drafting.depth, depth, head
-        )
-        left = (stopping_criteria.max_length or ids.shape[1] + count) - ids.shape[1]
-        new_B1 = _round(decoder, drafting, pick, ids, going_B, max(1, min(count, left)))
+        cache.crop(cache.length - (text.ids.shape[1] - 1))
+        count = settings.tokens or decoder.best_count(drafting)
+        count = max(1, min(count, text.room(count)))
+        new_B1 = _round(decoder, drafting, pick, text.ids, text.going_B, count)
+    ids = text.ids
     cache.crop(cache.length - (ids.shape[1] - 1))
     if streamer is not None:
         streamer.end()
@@ -324,14 +355,11 @@ def _begin(
         judged = int(real_BT.sum()) + 2
         told = (real_BT.numel(), len(candidates))
         found.append(Drafting(depth, float(agreed[real_BT].sum()) + 1, judged, tried=told))
-    config, core = decoder.model.config, decoder.model.model.core[0]
-    head = decoder.model.lm_head.weight.numel() / sum(one.numel() for one in core.parameters())
 
     def tokens_for_cost(one: Drafting) -> float:
-        count = settings.tokens or best_count(
-            one.acceptance, config, one.depth, decoder.depth, head
-        )
-        cost = round_cost(config, one.depth, decoder.depth, count, head)
+        count = settings.tokens or decoder.best_count(one)
+        config = decoder.model.config
+        cost = round_cost(config, one.depth, decoder.depth, count, decoder.head)
         return expected_tokens(one.acceptance, count) / cost
 
     return max(found, key=tokens_for_cost), tried[-1][:, -1]

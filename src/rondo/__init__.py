@@ -18,6 +18,8 @@ _EXPORTS = {
     "RecurrentForCausalLM": "rondo.modeling.modeling_recurrent",
     "RecurrentModel": "rondo.modeling.modeling_recurrent",
     "RecurrentCache": "rondo.modeling.cache_recurrent",
+    "ExitRule": "rondo.modeling.exits_recurrent",
+    "Contrast": "rondo.modeling.generation_recurrent",
     "convert_model": "rondo.convert.convert",
     "UserError": "rondo.errors",
 }

@@ -305,7 +305,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         embeds = self.embed(input_ids, inputs_embeds)
         depth = self.check_depth(num_recurrences, embeds.shape[0])
         way = Way(output_recurrences, backprop_depth, checkpoint_iterations, branch_at, checks)
-        cache = self._cache_for(past_key_values, bool(use_cache), depth, way)
+        cache = self._cache_for(past_key_values, bool(use_cache), depth, way, warm_start)
         apart = checks is not None and embeds.shape[1] > 1
         inputs = LayerInputs.prepare(
             self, embeds, attention_mask, position_ids, cache, kwargs, whole_masks=apart
@@ -332,6 +332,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         use_cache: bool,
         depth: Any,
         way: Way,
+        warm_start: bool,
     ) -> Cache | None:
         """Return the cache of a call, with room for its depth.
 
@@ -347,11 +348,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache = RecurrentCache(self.config, "ragged" if exits else "full")
         if cache is None or isinstance(cache, RecurrentCache):
             return cache
-        if by_row or exits:
+        if by_row or exits or way.branch_at or warm_start:
             raise ValueError(
-                f"rows or tokens of different depth need a RecurrentCache, got "
-                f"{type(cache).__name__}; give one depth for all rows, or let generate() make "
-                "the cache"
+                "rows of different depth, exits, contrasts and warm starts need a RecurrentCache, "
+                f"got {type(cache).__name__}: give one depth for all rows and none of these, or "
+                "let generate() make the cache"
             )
         make_room(cache, self.config, depth)
         return cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_recurrent import RecurrentCache
 from .exits_recurrent import ExitRule
@@ -46,19 +46,21 @@ class Contrast:
                 f"{self}"
             )
 
-    def check(self, depth: Any, exits: bool) -> None:
+    def check(self, config: Any, depth: Any, exits: Any) -> None:
         """Refuse what cannot be contrasted.
 
         Raises:
-            ValueError: The depth (one or one per row) is no deeper, or tokens may leave before.
+            ValueError: The depth (one, one per row, or the model's own) is no deeper, or tokens
+                may leave before.
         """
+        depth = config.num_recurrences if depth is None else depth
         shallowest = int(torch.as_tensor(depth).min())
         if shallowest <= self.recurrences:
             raise ValueError(
                 f"a contrast with depth {self.recurrences} needs num_recurrences beyond it, got "
                 f"{shallowest}"
             )
-        if exits:
+        if exits is not None:
             raise ValueError("a contrast and an exit exclude each other: leave one")
 
     def __call__(self, deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
@@ -105,15 +107,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             kwargs["exit"] = calibrated(model.config, kwargs["exit"])
         if isinstance(kwargs.get("contrast"), int):
             kwargs["contrast"] = Contrast(kwargs["contrast"])
-        policy = kwargs.pop("cache_policy", None)
         draft, tokens = kwargs.pop("draft_recurrences", None), kwargs.pop("draft_tokens", None)
-        given = kwargs.get("past_key_values")
-        if policy is not None and given is not None:
-            raise ValueError("cache_policy is the cache's own: give it to the RecurrentCache")
         ours = [name for name in ("exit", "contrast", "warm_start") if kwargs.get(name)]
-        if given is None and (policy or ours or draft):
-            policy = policy or ("ragged" if "exit" in ours else "full")
-            kwargs["past_key_values"] = RecurrentCache(model.config, policy)
+        self._give_cache(kwargs, bool(ours or draft))
         if draft is not None:
             if ours:
                 raise ValueError(f"drafts and {ours[0]} exclude each other: leave one")
@@ -125,13 +121,30 @@ class RecurrentGenerationMixin(GenerationMixin):
             raise ValueError("draft_tokens has no meaning without draft_recurrences")
         parent: Any = super()
         output = parent.generate(*args, **kwargs)
-        cache = output.get("past_key_values") if isinstance(output, ModelOutput) else None
+        # Beams are other rows than the sequences that come of them.
+        plain = isinstance(output, GenerateDecoderOnlyOutput)
+        cache = output.get("past_key_values") if plain else None
         if isinstance(cache, RecurrentCache):
             prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
             new = output.sequences.shape[1] - (0 if prompt is None else prompt.shape[1])
             # A new token is made by its predecessor's iterations, and the last one is not read.
             output.recurrences = cache.recurrences[:, cache.length - new : cache.length]
         return output
+
+    def _give_cache(self, kwargs: dict[str, Any], needed: bool) -> None:
+        """Put a cache of our own into the arguments where one is needed and none is given."""
+        model: Any = self
+        policy, given = kwargs.pop("cache_policy", None), kwargs.get("past_key_values")
+        if policy is not None and given is not None:
+            raise ValueError("cache_policy is the cache's own: give it to the RecurrentCache")
+        options = kwargs.get("generation_config")
+        cached = kwargs.get("use_cache", True if options is None else options.use_cache)
+        if cached is False:
+            if policy is not None:
+                raise ValueError("a cache_policy needs a cache: leave use_cache=False")
+        elif given is None and (policy or needed):
+            policy = policy or ("ragged" if kwargs.get("exit") else "full")
+            kwargs["past_key_values"] = RecurrentCache(model.config, policy)
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Beams and samples repeat each row; a depth per row must be a tensor to be repeated too.

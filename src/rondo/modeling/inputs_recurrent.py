@@ -151,10 +151,12 @@ class LayerInputs:
         def mask_of(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: mask_of(item) for key, item in value.items()}
-            if value is None:
-                return None
-            if selection.columns is None:
-                return value if value.shape[0] == 1 else value.index_select(0, selection.rows)
+            if selection.columns is None and (value is None or isinstance(value, torch.Tensor)):
+                return (
+                    value
+                    if value is None or value.shape[0] == 1
+                    else value.index_select(0, selection.rows)
+                )
             if not isinstance(value, torch.Tensor) or value.dim() != 4:
                 raise ValueError(
                     "tokens of one row that differ in depth need attn_implementation sdpa or eager"

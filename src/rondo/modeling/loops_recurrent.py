@@ -64,7 +64,8 @@ def run_loop(
         return loop_with_exits(body, depth, way.checks, real_BT, s_BTD, e_BTD, inputs, cache)
     loop = loop_by_row(body, depth, s_BTD, e_BTD, inputs, cache, way.branch_at)
     if isinstance(cache, RecurrentCache):
-        cache.finished(depth, depth)
+        by_row = torch.as_tensor(depth, device=real_BT.device).reshape(-1, 1)
+        cache.finished(torch.where(real_BT, by_row, 0), depth)
     return loop
 
 
@@ -158,7 +159,7 @@ def loop_with_exits(
         if not everyone and not bool(active_BT.any()):
             break
     cache.finished(left_BT, executed_BT)
-    cache.num_checks += checks.num_readouts - (len(e_BTD) if answers else 0)
+    cache.num_checks += checks.num_readouts - (int(real_BT.sum()) if answers else 0)
     return Looped(answer_BTD, hidden_BTD if answers else None)
 
 

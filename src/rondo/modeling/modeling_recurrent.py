@@ -90,7 +90,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
             labels: Token ids to predict, (B, T), -100 where no loss is wanted.
             use_cache: Whether to return a cache.
             logits_to_keep: Number of last positions, or their indices, to compute logits for.
-            num_recurrences: Depth r, one for all rows or one per row; with an exit, the cap.
+            num_recurrences: Depth r, one or one per row; with an exit, the cap.
             exit: When tokens leave the loop before the depth.
             contrast: Weigh the answer against a shallower one.
             warm_start: Whether a single token starts at the state of the one before it.
@@ -100,7 +100,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
         gate = self.model.exit_gate
         checks = None if exit is None else ExitChecks(exit, self.logits, gate)
         if contrast is not None:
-            contrast.check(num_recurrences or self.config.num_recurrences, exit is not None)
+            contrast.check(self.config, num_recurrences, checks)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

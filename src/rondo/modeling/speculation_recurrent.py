@@ -255,9 +255,11 @@ def speculate(
     Raises:
         ValueError: The options need another way of decoding.
     """
-    cache, depth = model_kwargs["past_key_values"], model_kwargs.get("num_recurrences")
-    depth = model.model.check_depth(depth, len(input_ids))
-    _check(settings, generation_config, cache, depth)
+    cache: Any = model_kwargs.get("past_key_values")
+    depth = model.model.check_depth(model_kwargs.get("num_recurrences"), len(input_ids))
+    _check(settings, generation_config, model_kwargs, depth)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     decoder = Decoder(model, cache, depth, model_kwargs.get("state_seed", 0), mask)
@@ -283,7 +285,10 @@ def speculate(
     return output
 
 
-def _check(settings: Speculation, options: Any, cache: Any, depth: Any) -> None:
+def _check(settings: Speculation, options: Any, given: dict[str, Any], depth: Any) -> None:
+    cache = given.get("past_key_values")
+    if given.get("inputs_embeds") is not None:
+        raise ValueError("drafts need input_ids: a prompt of inputs_embeds is not supported")
     if not isinstance(cache, RecurrentCache) or cache.policy not in ("full", "ragged"):
         raise ValueError("drafts need a RecurrentCache of the policy full or ragged")
     if not isinstance(depth, int):

@@ -224,7 +224,7 @@ class Chat:
         if self.cache is None or key != self._key or not kept:
             self.cache, self._key = RecurrentCache(self.shape, policy), key
         else:
-            self.cache.crop(self.cache.length - kept)
+            self.cache.forget(self.cache.length - kept)
             self.cache.num_checks = 0
         return self.cache
 

@@ -359,7 +359,7 @@ def test_a_second_call_counts_what_it_read_itself(model: Path) -> None:
     options |= {"do_sample": False, "min_new_tokens": 6, "max_new_tokens": 6}
     loaded.generate(ids[:, :10], **options)
     start = cache.length
-    cache.crop(start - 10)
+    cache.forget(start - 10)
     flops = counted(lambda: loaded.generate(ids, **options))
     told = executed_flops(costs_of(loaded), cache, 30, start=10)
     assert told.shape == (1, 25)

@@ -1,6 +1,7 @@
 """What each cache policy shows of a token, against a computation that keeps everything by name."""
 
 import math
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +15,7 @@ from conftest import VOCAB, WINDOW, recurrent
 from rondo.modeling.cache_recurrent import CACHE_POLICIES, RecurrentCache
 from rondo.modeling.exits_recurrent import ExitGate, ExitRule
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo.modeling.stores_recurrent import Entries, ResidualStore
 
 # Keys and values of one token in one layer, (1, H, 1, d) each.
 Pair = tuple[Tensor, Tensor]
@@ -404,12 +406,12 @@ def test_cropping_forgets_tokens_and_gives_their_entries_back(policy: str) -> No
     first = feed(model, cache, IDS, PADDING, 5, SETTLES)
     more, room = held(cache), [store.entries.capacity for store in cache.stores]
     for _ in range(6):
-        cache.crop(3)
+        cache.forget(3)
         assert cache.get_seq_length() == cache.recurrences.shape[1] == 8
         assert held(cache) == kept
         # Other tokens in between must leave nothing behind.
         feed(model, cache, IDS.flip(0, 1), PADDING, 5, SETTLES)
-        cache.crop(3)
+        cache.forget(3)
         again = feed(model, cache, IDS, PADDING, 5, SETTLES)
         torch.testing.assert_close(again[0], first[0])
         assert held(cache) == more
@@ -448,3 +450,33 @@ def test_bytes_are_those_of_what_plain_lists_hold(policy: str, rule: ExitRule | 
     assert sum(store.nbytes for store in cache.stores) == expected
     # And tables of whole numbers: of the layers around the loop, and of six iterations at most.
     assert 2 * 11 * 8 <= cache.nbytes - expected <= 7 * 11 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_eight_bits_hold_the_largest_of_every_head_in_any_precision(dtype: torch.dtype) -> None:
+    first, later = Entries(), Entries()
+    store = ResidualStore(first, later)
+    shape = (1, 4, 300, 64)
+    generator = torch.Generator().manual_seed(0)
+    read: Any = None
+    for iteration, space in ((1, first), (2, later)):
+        entries = torch.randn(shape, generator=generator).to(dtype)
+        where = space.take(300)[None]
+        view = types.SimpleNamespace(iteration=iteration, write=where, read=where)
+        read = store.exchange(view, entries, entries)
+    worst = (read[0] - entries).float().abs().max()
+    assert worst < (0.08 if dtype is torch.bfloat16 else 0.04)
+
+
+@pytest.mark.parametrize("policy", ["full", "ragged"])
+def test_prompt_lookup_on_our_cache_gives_the_plain_tokens(policy: str) -> None:
+    model = recurrent("llama").double()
+    ids = torch.arange(5, 11).repeat(4)[None]
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "num_recurrences": 3}
+    plain = model.generate(ids, pad_token_id=0, **how)
+    looked_up = model.generate(
+        ids, pad_token_id=0, prompt_lookup_num_tokens=3, cache_policy=policy, **how
+    )
+    assert torch.equal(looked_up, plain)
+    with pytest.raises(ValueError, match="negative"):
+        RecurrentCache(model.config).crop(1)

@@ -1,10 +1,13 @@
 """Compiled layers: how deep the loop runs never compiles anything again."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from conftest import VOCAB, recurrent
+from rondo.compiling import compile_decoding, settled
 
 # Said by the compiler's own look at a state inside the loop.
 pytestmark = pytest.mark.filterwarnings(
@@ -49,3 +52,26 @@ def test_compiled_code_gives_the_gradients_of_plain_code() -> None:
             model.logits(output.last_hidden_state).square().mean().backward()
     for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_neither_depth_nor_batch_nor_length_compiles_decoding_again() -> None:
+    plain, compiled = recurrent("llama"), recurrent("llama")
+    torch._dynamo.reset()
+    compile_decoding(compiled, max_batch_size=4, backend="eager")
+    ways: list[dict[str, Any]] = [
+        {"num_recurrences": 1, "cache_policy": "full"},
+        {"num_recurrences": 6, "cache_policy": "ragged"},
+        {"num_recurrences": 5, "draft_recurrences": 2},
+    ]
+    with settled():
+        for batch_size in (1, 2, 3, 4):
+            ids = torch.randint(3, VOCAB, (batch_size, 11))
+            mask = torch.ones_like(ids)
+            mask[0, : 3 * (batch_size > 1)] = 0
+            how = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+            for way in ways:
+                found = compiled.generate(ids, pad_token_id=0, **how, **way)
+                assert torch.equal(found, plain.generate(ids, pad_token_id=0, **how, **way))
+    with settled(), pytest.raises(RuntimeError, match="recompile"):
+        compiled.double().generate(ids[:1], max_new_tokens=2, cache_policy="full")

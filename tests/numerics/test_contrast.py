@@ -89,7 +89,7 @@ def test_cached_is_uncached_for_the_shallow_answer_too(policy: str) -> None:
         found.append(model(**inputs, **options, contrast=how).logits)
     assert_alike(torch.cat(found, 1), expected)
     # And neither coda has disturbed the other: the deep answer goes on as if alone.
-    cache.crop(1)
+    cache.forget(1)
     last = {name: tensor[:, 10:] for name, tensor in BATCH.items()} | {"attention_mask": MASK}
     deep = model(**last, past_key_values=cache, use_cache=True, num_recurrences=DEPTH).logits
     assert_alike(deep, model(**BATCH, num_recurrences=DEPTH).logits[:, -1:])
@@ -240,3 +240,13 @@ def test_generating_warm_changes_what_is_said_and_a_batch_is_its_rows() -> None:
     for row, padding in enumerate(PADDING):
         alone = model.generate(IDS[row : row + 1, padding:], **OPTIONS, warm_start=True)
         assert torch.equal(warm[row, padding:], alone[0])
+
+
+def test_a_contrast_is_refused_over_tokens_that_were_read_without_it() -> None:
+    model, ids = small("llama"), IDS
+    for contrast in (None, Contrast(2)):
+        cache = RecurrentCache(model.config)
+        how: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "num_recurrences": 4}
+        model(ids[:, :5], contrast=contrast, **how)
+        with pytest.raises(ValueError, match="contrast of depth 1"):
+            model(ids[:, 5:6], contrast=Contrast(1), **how)

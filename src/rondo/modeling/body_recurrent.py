@@ -149,10 +149,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """
         if num_recurrences is None:
             return self.config.num_recurrences
+        if isinstance(num_recurrences, torch.Tensor) and num_recurrences.dim() == 0:
+            num_recurrences = int(num_recurrences)
         if isinstance(num_recurrences, int):
             lowest = deepest = num_recurrences
         else:
-            num_recurrences = torch.as_tensor(num_recurrences).flatten()
+            # Here, where the rows are counted, and not where the model runs.
+            num_recurrences = torch.as_tensor(num_recurrences).cpu().reshape(-1)
+            if num_recurrences.is_floating_point():
+                raise ValueError("num_recurrences must be whole numbers")
             if len(num_recurrences) != batch_size:
                 raise ValueError(
                     f"num_recurrences names {len(num_recurrences)} depths for {batch_size} rows"
@@ -251,17 +256,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
         inputs: LayerInputs,
         cache: Cache | None,
         selection: Selection | None = None,
-        branching: bool = False,
+        branch_at: int = 0,
     ) -> torch.Tensor:
         """Run the coda and the final norm on the states of all tokens, or of those selected.
 
-        A branching coda does not disturb what the others keep of theirs.
+        A coda that branches off at an iteration does not disturb what the others keep of theirs.
         """
         if selection is not None:
             s_BTD, inputs = selection.take(s_BTD), inputs.take(selection)
         view: Any = cache
         if isinstance(cache, RecurrentCache):
-            view = cache.branching() if branching else cache.outside(selection)
+            view = cache.branching(branch_at) if branch_at else cache.outside(selection)
         start = self.config.num_prelude_layers + self.config.num_core_layers
         return self.norm(self.run(slice(start, len(self.layers)), s_BTD, inputs, view))
 

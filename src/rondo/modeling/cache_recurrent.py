@@ -132,6 +132,7 @@ class RecurrentCache(Cache):
         config = self._config
         self.length = 0
         self.num_checks = 0
+        self.branch_at = 0
         self.state: torch.Tensor | None = None
         self.once = self.branch = torch.zeros(0, 0, dtype=torch.long)
         self.tables: list[torch.Tensor] = []
@@ -192,8 +193,18 @@ class RecurrentCache(Cache):
         """Return the view of the layers that are no part of the loop."""
         return self._view(View, self.once[:, : self.length], selection)
 
-    def branching(self) -> View:
-        """Return the view of a coda that branches off every token's way, and keeps its own."""
+    def branching(self, iteration: int) -> View:
+        """Return the view of a coda that branches off every token's way, and keeps its own.
+
+        Raises:
+            ValueError: Tokens were read without such a branch at this iteration.
+        """
+        if self.start > self.branch.shape[1] or (self.start and self.branch_at != iteration):
+            raise ValueError(
+                f"the cache holds {self.start} tokens that were not read with a contrast of depth "
+                f"{iteration}: start anew"
+            )
+        self.branch_at = iteration
         if (more := self.length - self.branch.shape[1]) > 0:
             batch = len(self.branch)
             new = self._spaces["once"].take(batch * more).view(batch, more)
@@ -237,6 +248,8 @@ class RecurrentCache(Cache):
             recurrences: For all, by row (B,) or by token (B, T).
             executed: Likewise.
         """
+        for store in self.stores:
+            store.forget_scratch()  # nobody reads it before the next call makes it anew
         for noted, what in ((self.recurrences, recurrences), (self.executed, executed)):
             place = noted[:, self.start : self.length]
             new = torch.as_tensor(what, device=place.device)
@@ -260,10 +273,24 @@ class RecurrentCache(Cache):
     def rewind(self, count: int) -> None:
         """Let the next call be one of the last `count` tokens again, from where they stopped."""
         self.length -= count
+        self.state = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget so many of the last tokens, and free their entries."""
-        kept = self.length - tokens_to_remove
+        """Forget tokens as the library asks for it: by a negative number, or 0.
+
+        Raises:
+            ValueError: The number is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop() takes a negative number of tokens, got {tokens_to_remove}")
+        self.forget(-tokens_to_remove)
+
+    def forget(self, count: int) -> None:
+        """Forget the last `count` tokens, and free their entries."""
+        if not count:
+            return
+        kept = self.length - count
+        self.state = None
         for name in ("once", "first", "later"):
             dropped = [table[:, kept:].flatten() for table in self._tables_of(name)]
             numbers = torch.cat(dropped).unique() if dropped else torch.zeros(0)

@@ -140,9 +140,16 @@ class RecurrentGenerationMixin(GenerationMixin):
         options = kwargs.get("generation_config")
         cached = kwargs.get("use_cache", True if options is None else options.use_cache)
         if cached is False:
-            if policy is not None:
-                raise ValueError("a cache_policy needs a cache: leave use_cache=False")
+            told = [name for name in ("past_key_values", "warm_start") if kwargs.get(name)]
+            told += ["cache_policy"] if policy else []
+            if told:
+                raise ValueError(f"{told[0]} needs a cache: leave use_cache=False")
         elif given is None and (policy or needed):
+            if kwargs.get("cache_implementation") is not None:
+                raise ValueError(
+                    "exits, contrasts, warm starts, drafts and cache_policy need a RecurrentCache: "
+                    "leave cache_implementation"
+                )
             policy = policy or ("ragged" if kwargs.get("exit") else "full")
             kwargs["past_key_values"] = RecurrentCache(model.config, policy)
 

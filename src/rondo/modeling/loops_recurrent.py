@@ -93,11 +93,11 @@ def loop_by_row(
     for iteration in range(1, (depth if isinstance(depth, int) else int(depth.max())) + 1):
         selection = None
         if not isinstance(depth, int) and bool((done := depth < iteration).any()):
-            selection = Selection((~done).nonzero().flatten())
+            selection = Selection((~done).nonzero().flatten().to(e_BTD.device))
         moved = body.iterate(iteration, s_BTD, e_BTD, inputs, cache, selection)
         s_BTD = moved if selection is None else selection.put(s_BTD, moved)
         if iteration == branch_at:
-            branches.append(body.finish(s_BTD, inputs, cache, branching=True))
+            branches.append(body.finish(s_BTD, inputs, cache, branch_at=branch_at))
     return Looped(s_BTD, branches=tuple(branches))
 
 

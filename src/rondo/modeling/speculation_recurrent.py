@@ -4,7 +4,9 @@ The draft at depth d is a prefix of the computation at depth r: the states after
 the keys and values up to there, are those that the full computation has. So verification takes the
 drafted tokens up where they stopped and runs iterations d + 1 .. r of all of them in one pass.
 Tokens are accepted by the rule of speculative sampling (arXiv:2211.17192), under which what comes
-out is distributed as without drafts; greedily it is the same tokens.
+out is distributed as without drafts; greedily it is the same tokens, up to the rounding by which a
+pass over several tokens differs from one over each. Logits processors must be functions of what
+they are given.
 
 Shapes: B batch, k drafted tokens, D width, V vocabulary.
 """
@@ -257,7 +259,7 @@ def speculate(
     """
     cache: Any = model_kwargs.get("past_key_values")
     depth = model.model.check_depth(model_kwargs.get("num_recurrences"), len(input_ids))
-    _check(settings, generation_config, model_kwargs, depth)
+    _check(settings, generation_config, model_kwargs, depth, input_ids.shape[1])
     if streamer is not None:
         streamer.put(input_ids.cpu())
     mask = model_kwargs.get("attention_mask")
@@ -269,12 +271,12 @@ def speculate(
     text = Text(input_ids, stopping_criteria, streamer, generation_config._pad_token_tensor)
     while text.append(new_B1):
         # What was read beyond the last token that stands is forgotten.
-        cache.crop(cache.length - (text.ids.shape[1] - 1))
+        cache.forget(cache.length - (text.ids.shape[1] - 1))
         count = settings.tokens or decoder.best_count(drafting)
         count = max(1, min(count, text.room(count)))
         new_B1 = _round(decoder, drafting, pick, text.ids, text.going_B, count)
     ids = text.ids
-    cache.crop(cache.length - (ids.shape[1] - 1))
+    cache.forget(cache.length - (ids.shape[1] - 1))
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -285,10 +287,16 @@ def speculate(
     return output
 
 
-def _check(settings: Speculation, options: Any, given: dict[str, Any], depth: Any) -> None:
+def _check(
+    settings: Speculation, options: Any, given: dict[str, Any], depth: Any, length: int
+) -> None:
     cache = given.get("past_key_values")
+    if cache is None:
+        raise ValueError("drafts need a cache: leave use_cache=False")
     if given.get("inputs_embeds") is not None:
         raise ValueError("drafts need input_ids: a prompt of inputs_embeds is not supported")
+    if cache.get_seq_length() >= length:
+        raise ValueError("the cache holds the whole prompt already: start anew")
     if not isinstance(cache, RecurrentCache) or cache.policy not in ("full", "ragged"):
         raise ValueError("drafts need a RecurrentCache of the policy full or ragged")
     if not isinstance(depth, int):
@@ -299,7 +307,12 @@ def _check(settings: Speculation, options: Any, given: dict[str, Any], depth: An
         )
     if settings.recurrences == "auto" and depth < 2:
         raise ValueError("drafts need num_recurrences of at least 2")
-    told = [name for name in ("output_scores", "output_logits") if getattr(options, name)]
+    # What remembers its calls would be asked for drafts that do not stand.
+    names = ("output_scores", "output_logits", "output_hidden_states", "output_attentions",
+             "guidance_scale", "watermarking_config", "prompt_lookup_num_tokens")  # fmt: skip
+    told = [name for name in names if getattr(options, name)]
+    if options.guidance_scale == 1:  # none
+        told.remove("guidance_scale")
     if options.num_beams > 1 or told:
         raise ValueError(f"drafts go without {told[0] if told else 'beam search'}")
 

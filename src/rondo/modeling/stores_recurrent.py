@@ -104,8 +104,11 @@ class ResidualStore(Store):
             now = self._before(view)
             for number, new in enumerate((keys, values)):
                 residual = new - now[number][:, :, start:]
-                step = residual.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-                self._write(2 * number, view.write, (residual / step).round().to(torch.int8))
+                step = residual.abs().amax(-1, keepdim=True) / 127
+                step = step.clamp_min(torch.finfo(step.dtype).tiny)
+                # A step that bfloat16 rounded down makes 128 of the largest, which is -128.
+                steps = (residual.float() / step.float()).round().clamp(-127, 127)
+                self._write(2 * number, view.write, steps.to(torch.int8))
                 self._write(2 * number + 1, view.write, step)
             now = self._add(now, view.read)
         self._now = {"iteration": view.iteration, "entries": now}

@@ -5,17 +5,16 @@ engine that knows the family can run the result. `unroll` says which injections 
 """
 
 import hashlib
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rondo.config.export import ExportConfig
+from rondo.convert.verify import Check
 from rondo.errors import ProofError
-from rondo.export.proof import Check, prove
+from rondo.export.proof import prove
 from rondo.export.unroll import Plan, irregular_fields, make_plan, open_checkpoint, write_weights
 from rondo.provenance import claim_directory, read_json, record, staged, write_json
 
@@ -107,15 +106,8 @@ def _facts(plan: Plan, checks: Sequence[Check]) -> dict[str, Any]:
         "recurrent": {"path": str(plan.checkpoint.path.resolve()), "sha256": digest.hexdigest()},
         "sizes": plan.sizes(),
         "exact": plan.exact,
-        "proof": [
-            asdict(check) | {"error": _number(check.error), "passed": check.passed}
-            for check in checks
-        ],
+        "proof": [check.as_dict() for check in checks],
     }
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # JSON has no NaN
 
 
 def _card(plan: Plan, told: Sequence[str], checks: Sequence[Check]) -> str:

@@ -3,40 +3,16 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
+from rondo.convert.verify import TOLERANCE, Check, proof_tokens
 from rondo.export.unroll import Plan, plain_class, write_weights
 from rondo.loading import load_model
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
-
-# Where the same sum is rounded in another order, fp32 logits may differ by this much, relative to
-# their spread.
-TOLERANCE = 2e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: the error found and the largest allowed."""
-
-    name: str
-    error: float
-    allowed: float
-
-    @property
-    def measured(self) -> str:
-        """The error beside what is allowed, in words."""
-        return f"error {self.error:.3g}, allowed {self.allowed:.3g}"
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is allowed; NaN never is."""
-        return self.error <= self.allowed
 
 
 @torch.no_grad()
@@ -73,16 +49,6 @@ def prove(plan: Plan, directory: Path, limit: float, seed: int) -> Iterator[Chec
         float((ours - theirs).abs().max()),
         0.0 if plan.exact else TOLERANCE * float(ours.std().clamp(min=1e-6)),
     )
-
-
-def proof_tokens(vocab_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return token ids (3, 24) and an attention mask whose rows 1 and 2 are left-padded."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab_size, (3, 24), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    mask[2, :11] = 0
-    return ids, mask
 
 
 def fits_in_memory(plan: Plan) -> bool:

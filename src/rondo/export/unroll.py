@@ -22,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from rondo.convert.deltas import merged
+from rondo.convert.families import cut_config
 from rondo.errors import UserError
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.provenance import read_json, write_json
@@ -156,13 +158,11 @@ class Checkpoint:
 
     def merged(self, name: str, iteration: int) -> Tensor:
         """Read a parameter of the core as an iteration (1-based) has it, in float32."""
-        owner, _, leaf = name.rpartition(".")
+        owner = name.rpartition(".")[0]
+        names = [one for one in self.files if one.startswith(f"{owner}.delta_")]
+        deltas = {one: self.tensor(one) for one in names}
         place = (iteration - 1) % self.config.num_delta_iterations
-        shared, up = self.tensor(name).float(), f"{owner}.delta_up"
-        if leaf == "weight" and up in self.files:
-            down = self.tensor(f"{owner}.delta_down")[place].float()
-            return shared + self.tensor(up)[place].float() @ down
-        return shared + self.tensor(f"{owner}.delta_{leaf}")[place].float()
+        return merged(name, self.tensor(name), deltas, place + 1)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -293,13 +293,10 @@ def plain_class(base: PreTrainedConfig) -> Any:
 def plain_config(config: RecurrentConfig, positions: Sequence[int]) -> PreTrainedConfig:
     """Return the parent's config for a stack of stored layers, per-layer lists stacked alike."""
     base = config.base_config
-    fields = base.to_dict() | {
-        "num_hidden_layers": len(positions),
+    fields = cut_config(base, list(positions)) | {
         "architectures": [plain_class(base).__name__],
         "dtype": config.dtype,
     }
-    for name in per_layer_fields(base):
-        fields[name] = [fields[name][position] for position in positions]
     return AutoConfig.for_model(**fields)
 
 

@@ -485,9 +485,11 @@ def test_a_recipe_is_a_whole_run(made: Path, tmp_path: Path) -> None:
 
 
 def test_the_quickstart_runs_reuses_and_refuses_to_mix(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("quickstart", "--source", made / "parent", "--output-dir", tmp_path / "quick")
+    # Long enough for its prompt of 90 bytes and the answer.
+    save_parent(tmp_path / "parent", max_position_embeddings=256)
+    words = ("quickstart", "--source", tmp_path / "parent", "--output-dir", tmp_path / "quick")
     few = ("--minutes", 0.0001)
     assert rondo(*words, *few) == 0
     first = capsys.readouterr().out

@@ -1,0 +1,128 @@
+"""Settings of `rondo serve`."""
+
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+from pydantic import Field, field_validator, model_validator
+
+from rondo.config import Config
+
+Depth = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class ServeConfig(Config):
+    """Serve a model over HTTP as OpenAI does, with depth as a field of the request."""
+
+    words: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A recurrent checkpoint."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, of whom nothing is asked."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one, which is told."""
+    name: str | None = None
+    """What requests call the model; the directory's name unless given."""
+    num_recurrences: Depth | None = None
+    """Depth of a request that names none; the model's own unless given."""
+    min_recurrences: Depth = 1
+    """Shallowest depth that can be asked for."""
+    max_recurrences: Depth | None = None
+    """Deepest that can be asked for; the model's cap unless given."""
+    efforts: dict[str, Depth] | None = None
+    """Depths that reasoning_effort stands for, as low 2 medium 4 high 8; halves and doubles of
+    the default for those that are not named."""
+    favour: Literal["shallow", "even", "deep"] = "even"
+    """Who goes first where a tick cannot take all: those with few iterations left, those that
+    waited longest, or those with many left."""
+    max_running: Count = 32
+    """Texts in flight at once."""
+    max_queue: int = Field(128, ge=0)
+    """Texts that wait; beyond them requests are answered 429."""
+    max_new_tokens: Count = 1024
+    """Most tokens of an answer that can be asked for."""
+    default_new_tokens: Count = 256
+    """Tokens of an answer at most where the request does not say."""
+    max_context: Count | None = None
+    """Tokens of prompt and answer together; what the model takes unless given."""
+    max_choices: Count = 8
+    """Most answers to one prompt (n)."""
+    tick_tokens: Count = 256
+    """Tokens that one iteration takes at most, of prompts and answers together."""
+    prompt_chunk: Count = 64
+    """Tokens of a prompt that enter at once, beside those that are decoded."""
+    kv_memory: str | None = None
+    """Memory for keys and values, as 4GB or 500MB; a share of what is free unless given."""
+    prefix_cache: bool = True
+    """Keep what prompts have in common, by depth and exit, while there is room."""
+    max_seconds: Seconds = 600.0
+    """Seconds after which an answer is cut off as it stands."""
+    grace_seconds: float = Field(30.0, ge=0)
+    """Seconds that a shutdown waits for answers before it cuts them off as they stand."""
+    max_body: Count = 1_000_000
+    """Most bytes of a request."""
+    max_connections: Count = 1024
+    """Connections at once; more are answered 503."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask, as https://example.org; none unless given."""
+    log_prompts: bool = False
+    """Write prompts and answers to the log, which leaves them out otherwise."""
+    weights: Literal["int8"] | None = None
+    """Round the layers' matrices to int8; as they are unless given."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is bfloat16 where the machine is faster in it, float32 elsewhere."""
+    device: str = "auto"
+    """cuda where there is one, cpu elsewhere."""
+
+    @field_validator("efforts")
+    @classmethod
+    def _known(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        if unknown := sorted(set(value or {}) - set(EFFORTS)):
+            raise ValueError(f"there is no effort {unknown[0]!r}: there are {', '.join(EFFORTS)}")
+        return value
+
+    @field_validator("kv_memory")
+    @classmethod
+    def _is_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            bytes_of(value)
+        return value
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ServeConfig":
+        depths = (self.min_recurrences, self.num_recurrences, self.max_recurrences)
+        given = [depth for depth in depths if depth is not None]
+        if given != sorted(given):
+            raise ValueError(
+                "--min-recurrences, --num-recurrences and --max-recurrences must not fall, got "
+                + ", ".join(map(str, given))
+            )
+        if self.default_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"--default-new-tokens {self.default_new_tokens} is beyond --max-new-tokens "
+                f"{self.max_new_tokens}"
+            )
+        return self
+
+
+def bytes_of(text: str) -> int:
+    """Read a size, `4GB`, `500MB`, `64kB` or bytes.
+
+    Raises:
+        ValueError: It is none.
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("", 1)):
+        number = text.strip().removesuffix(unit)
+        if unit and number == text.strip():
+            continue
+        try:
+            found = int(float(number) * size)
+        except (ValueError, OverflowError):
+            break
+        if found > 0:
+            return found
+        break
+    raise ValueError(f"a size such as 4GB or 500MB is needed, not {text!r}")

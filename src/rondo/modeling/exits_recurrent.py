@@ -31,6 +31,7 @@ from .inputs_recurrent import LayerInputs, Selection
 
 READING_LOGITS = ("kl", "entropy", "margin", "argmax_stable")
 CRITERIA = (*READING_LOGITS, "state_distance", "gate")
+UNCHECKED = -1
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,39 @@ class ExitGate(nn.Module):
         return nn.functional.linear(features, self.weight, self.bias)[..., 0].float()
 
 
+def of_states(
+    criterion: str, gate: nn.Module | None, now: torch.Tensor, before: torch.Tensor
+) -> torch.Tensor:
+    """Return a criterion (...) that reads states (..., D) of this iteration and the one before."""
+    if criterion == "gate" and gate is not None:
+        return gate(now, before).exp()
+    return state_distance(now, before)
+
+
+def of_logits(
+    criterion: str, logits: torch.Tensor, before: torch.Tensor, agreed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a criterion (...) that reads logits, and how many checks in a row agree now.
+
+    Args:
+        criterion: One of `READING_LOGITS`.
+        logits: Those of this check, (..., V).
+        before: Those of the check before, of any value where there was none.
+        agreed: How many checks in a row agreed so far, `UNCHECKED` where there was none.
+    """
+    same = (logits.argmax(-1) == before.argmax(-1)) & (agreed > UNCHECKED)
+    now = torch.where(same, agreed + 1, 0)
+    match criterion:
+        case "kl":
+            return torch.where(agreed == UNCHECKED, math.inf, kl(logits, before)), now
+        case "entropy":
+            return entropy(logits), now
+        case "margin":
+            return margin(logits), now
+        case _:
+            return 1 / (1 + now), now
+
+
 class ExitChecks:
     """The checks of one call of the model.
 
@@ -179,9 +213,7 @@ class ExitChecks:
             now, before = (s_BTD, before_BTD)
             if chosen is not None:
                 now, before = chosen.take(now), chosen.take(before)
-            if self.rule.criterion == "state_distance":
-                return state_distance(now, before)
-            return self._gate(now, before).exp()
+            return of_states(self.rule.criterion, self._gate, now, before)
         self.hidden = body.finish(s_BTD, inputs, cache, chosen)
         self.num_readouts += s_BTD[..., 0].numel() if chosen is None else chosen.count(s_BTD)
         return self._of_logits(self._head(self.hidden), s_BTD.shape[:2], chosen)
@@ -191,21 +223,11 @@ class ExitChecks:
     ) -> torch.Tensor:
         if self.logits is None or self._agreed is None:
             self.logits = logits.new_zeros(*shape, logits.shape[-1])
-            # How many checks in a row agreed; -1 for a token that has not been checked.
-            self._agreed = torch.full(shape, -1, device=logits.device)
+            self._agreed = torch.full(shape, UNCHECKED, device=logits.device)
         before, counted = self.logits, self._agreed
         if chosen is not None:
             before, counted = chosen.take(before), chosen.take(counted)
-        same = (logits.argmax(-1) == before.argmax(-1)) & (counted >= 0)
-        agreed = torch.where(same, counted + 1, 0)
+        value, agreed = of_logits(self.rule.criterion, logits, before, counted)
         self.logits = logits if chosen is None else chosen.put(self.logits, logits)
         self._agreed = agreed if chosen is None else chosen.put(self._agreed, agreed)
-        match self.rule.criterion:
-            case "kl":
-                return torch.where(counted < 0, math.inf, kl(logits, before))
-            case "entropy":
-                return entropy(logits)
-            case "margin":
-                return margin(logits)
-            case _:
-                return 1 / (1 + agreed)
+        return value

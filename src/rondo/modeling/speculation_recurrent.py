@@ -336,10 +336,12 @@ class Picker:
             return scores.softmax(-1)
         return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0)
 
-    def draw(self, probs_BV: torch.Tensor) -> torch.Tensor:
+    def draw(
+        self, probs_BV: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Return a token of each row, (B, 1)."""
         if self.samples:
-            return torch.multinomial(probs_BV, 1)
+            return torch.multinomial(probs_BV, 1, generator=generator)
         return probs_BV.argmax(-1, keepdim=True)
 
 

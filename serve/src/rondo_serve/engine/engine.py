@@ -1,19 +1,129 @@
-"""The engine's thread: requests in, events out."""
+"""The engine: one tick takes everything in flight one iteration further.
 
+A tick runs the prelude for tokens that enter the loop, ONE iteration of the core for every token in
+it, whatever its own iteration, and the coda for tokens that are done. So a request of depth 2 gets
+a token every second tick, whoever else is in flight (continuous depth-wise batching, proposed in
+arXiv:2410.20672).
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from rondo.chat import common_length
+from rondo.flops import costs_of
+from rondo_serve.engine import exits, sampling, schedule
+from rondo_serve.engine.arena import Arena, Shape
+from rondo_serve.engine.passes import Passes
+from rondo_serve.engine.prefixes import STRIDE, Prefix, Prefixes
+from rondo_serve.engine.rows import Flight, Row
 from rondo_serve.policy import Policy
-from rondo_serve.requests import Ask, Deliver, Load
+from rondo_serve.requests import (
+    Ask,
+    Busy,
+    Closed,
+    Deliver,
+    Event,
+    Finished,
+    Load,
+    Reason,
+    Refused,
+    Token,
+)
+from rondo_serve.text import Writer
+
+log = logging.getLogger(__name__)
+# Failures in a row after which the engine gives up.
+MOST_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine may use, and how it goes about it; see `ServeConfig` for what is not said.
+
+    Attributes:
+        kv_bytes: Memory for keys and values.
+        max_context: Tokens of a prompt and its answer.
+        lockstep: Whether every token waits for the deepest in flight; to measure against.
+    """
+
+    kv_bytes: int
+    max_context: int
+    max_running: int = 32
+    max_queue: int = 128
+    tick_tokens: int = 256
+    prompt_chunk: int = 64
+    prefix_cache: bool = True
+    favour: schedule.Favour = "even"
+    max_seconds: float = 600.0
+    lockstep: bool = False
 
 
 class Engine:
     """Continues texts, each at its own depth, as many at once as memory allows.
 
-    `submit` and `cancel` may be called from any thread and never wait for the model.
+    `submit`, `cancel` and `load` may be called from any thread and never wait for the model.
+
+    Args:
+        model: A `RecurrentForCausalLM`, which from now on is the engine's alone.
+        tokenizer: Its tokenizer.
+        policy: Says what a request may spend.
+        settings: What the engine may use.
+        ends: Tokens that end a text.
+
+    Raises:
+        Refused: The model cannot be served, or the memory is too little.
     """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        policy: Policy,
+        settings: EngineSettings,
+        ends: Collection[int] = (),
+    ):
+        self.settings = settings
+        self._model, self._tokenizer, self._policy = model, tokenizer, policy
+        self._ends = frozenset(ends)
+        self._costs = costs_of(model)
+        self._gate = model.model.exit_gate
+        self._seeded = model.config.state_init == "normal"
+        self.shape = shape_of(model)
+        total = settings.kv_bytes // self.shape.page_bytes - 1
+        if total < self.shape.pages_for(1, 1):
+            raise Refused(
+                f"{settings.kv_bytes} bytes hold no keys and values: a page alone takes "
+                f"{self.shape.page_bytes}"
+            )
+        self.arena = Arena(self.shape, total, model.device)
+        self.passes = Passes(model, self.arena)
+        self._prefixes = Prefixes(self.arena.pages)
+        self._lock = threading.Condition()
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
+        self._cancelled: set[str] = set()
+        self._closing: float | None = None
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._interval = 1.0
+        self._finished_at: float | None = None
+        self.failure: str | None = None
+        self.ticks = 0
+        self._phase = 0
+
+    # ---- from any thread
 
     def start(self) -> None:
         """Start the thread that ticks."""
+        self._thread = threading.Thread(target=self._run, name="rondo-engine", daemon=True)
+        self._thread.start()
 
     def submit(self, ask: Ask, deliver: Deliver) -> int:
         """Take a request into the queue, and return the depth that it is allowed.
@@ -28,23 +138,368 @@ class Engine:
             Busy: The queue is full.
             Closed: The engine shuts down or has failed.
         """
-        raise NotImplementedError
+        depth = self._policy.allow(ask, self.load())
+        self._check(ask, depth)
+        row = Row(
+            ask=ask,
+            deliver=deliver,
+            depth=depth,
+            picker=sampling.picker_of(ask.sampling),
+            generator=sampling.generator_of(ask.sampling, self.passes.device),
+            writer=Writer(self._tokenizer, ask.stop),
+            asked_at=time.monotonic(),
+            tokens=list(ask.prompt),
+        )
+        with self._lock:
+            if self._closing is not None or self.failure is not None:
+                raise Closed(self.failure or "the server is shutting down")
+            if len(self._waiting) >= self.settings.max_queue + self._vacant:
+                raise Busy(max(1.0, self._interval * (len(self._waiting) + 1)))
+            self._waiting.append(row)
+            self._lock.notify()
+        return depth
 
     def cancel(self, id: str) -> None:
-        """Stop a request at the next iteration; it still gets its `Finished`. Unknown ids are none."""
+        """Stop a request at the next iteration; it still gets its `Finished`."""
+        with self._lock:
+            self._cancelled.add(id)
+            self._lock.notify()
 
     def close(self, grace: float) -> None:
         """Take nothing more, wait `grace` seconds for what runs, cut the rest off, and stop."""
-
-    @property
-    def failure(self) -> str | None:
-        """Why the engine stopped by itself, None while it has not."""
-        return None
+        with self._lock:
+            until = time.monotonic() + grace
+            self._closing = until if self._closing is None else min(self._closing, until)
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join()
 
     def load(self) -> Load:
         """Return how busy the engine is."""
-        return Load()
+        pages = self.arena.pages
+        with self._lock:
+            held = {page for row in self._rows for page in row.pages}
+            used = pages.total - pages.free
+            return Load(
+                waiting=len(self._waiting),
+                running=len(self._rows),
+                pages=used,
+                cached_pages=used - len(held),
+                total_pages=pages.total,
+                ticks=self.ticks,
+                core_tokens=self.passes.core_tokens,
+            )
+
+    @property
+    def _vacant(self) -> int:
+        return max(0, self.settings.max_running - len(self._rows))
+
+    def _check(self, ask: Ask, depth: int) -> None:
+        """Refuse what can never be served."""
+        length, most = len(ask.prompt) + ask.max_new_tokens, self.settings.max_context
+        if not ask.prompt:
+            raise Refused("the prompt is empty: give some text", "prompt")
+        if length > most:
+            raise Refused(
+                f"a prompt of {len(ask.prompt)} tokens and {ask.max_new_tokens} new ones exceed "
+                f"the {most} that this server takes",
+                "max_tokens",
+            )
+        if depth > self._model.config.max_recurrences:
+            raise Refused(
+                f"num_recurrences {depth} is beyond the model's cap of "
+                f"{self._model.config.max_recurrences}",
+                "num_recurrences",
+            )
+        if ask.exit is not None and ask.exit.criterion == "gate" and self._gate is None:
+            raise Refused("the model has no exit gate: take another rule", "exit")
+        if (needed := self.shape.pages_for(length - 1, depth)) > self.arena.pages.total:
+            raise Refused(
+                f"{length} tokens at depth {depth} need {needed} pages of keys and values, and "
+                f"this server has {self.arena.pages.total}: ask for fewer tokens or less depth",
+                "max_tokens",
+            )
+
+    # ---- on the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._waiting or self._rows or self._closing is not None):
+                    self._lock.wait()
+                if self._closing is not None and not (self._waiting or self._rows):
+                    return
+            self._tick_safely()
+            if self.failure is not None:
+                return
+
+    def _tick_safely(self) -> None:
+        try:
+            if not self.tick():
+                time.sleep(0.001)  # what waits does not fit yet, which no row can change
+            self._failures = 0
+        except Exception as error:  # the process's boundary: others must not fall with one
+            log.exception("a tick failed")
+            self._failures += 1
+            self._give_up_rows()
+            if self._failures >= MOST_FAILURES:
+                with self._lock:
+                    self.failure = f"the engine failed: {' '.join(str(error).split())}"
+                    waiting, self._waiting = list(self._waiting), deque()
+                for row in waiting:
+                    self._end(row, "error")
+
+    def _give_up_rows(self) -> None:
+        for row in list(self._rows):
+            self._end(row, "error")
+        while self._prefixes.evict():
+            pass
+
+    @torch.inference_mode()
+    def tick(self) -> bool:
+        """Take everything in flight one iteration further; return whether there was anything."""
+        self._stop_some()
+        self._admit()
+        self._enter_loop()
+        flights = [row.flight for row in self._rows if row.flight is not None]
+        if not flights:
+            return False
+        settings = self.settings
+        chosen = schedule.choose(flights, settings.tick_tokens, settings.favour)
+        left_out = {id(one) for one in flights} - {id(one) for one in chosen}
+        for one in flights:
+            one.waited = one.waited + 1 if id(one) in left_out else 0
+        self.passes.iterate(chosen)
+        self.ticks += 1
+        self._phase += 1
+        self._leave_loop(chosen)
+        return True
+
+    def _stop_some(self) -> None:
+        """End rows that are cancelled, or whose time is up."""
+        now, limit = time.monotonic(), self.settings.max_seconds
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
+            shut = self._closing is not None and now >= self._closing
+            rows: list[tuple[Row, Reason]] = []
+            for row in (*self._waiting, *self._rows):
+                if row.ask.id in cancelled:
+                    rows.append((row, "cancelled"))
+                elif shut:
+                    rows.append((row, "shutdown"))
+                elif now - row.asked_at > limit:
+                    rows.append((row, "time"))
+            ended = {id(row) for row, _ in rows}
+            self._waiting = deque(row for row in self._waiting if id(row) not in ended)
+        for row, reason in rows:
+            self._end(row, reason)
+
+    def _admit(self) -> None:
+        """Take rows out of the queue while there is room."""
+        while self._vacant:
+            with self._lock:
+                row = schedule.next_admitted(
+                    self._waiting, self.settings.favour, time.monotonic(), self._twin
+                )
+            if row is None or not self._make_room(row):
+                return
+            with self._lock:
+                # It may have been cancelled meanwhile, which the next tick sees.
+                self._waiting.remove(row)
+                self._rows.append(row)
+
+    def _twin(self, row: Row) -> bool:
+        """Return whether a row does better to wait for another that reads the same prompt."""
+        if not (self.settings.prefix_cache and row.shares):
+            return False
+        key, prompt = row.key(self._seeded), row.ask.prompt
+        return any(
+            other.read < len(other.ask.prompt)
+            and other.ask.prompt[:STRIDE] == prompt[:STRIDE]
+            and other.key(self._seeded) == key
+            and common_length(other.ask.prompt, prompt[:-1]) > other.read + STRIDE
+            for other in self._rows
+        )
+
+    def _make_room(self, row: Row) -> bool:
+        """Give a row the pages of all the tokens it may have; return whether there were so many."""
+        found = None
+        if self.settings.prefix_cache and row.shares:
+            found = self._prefixes.find(row.key(self._seeded), row.ask.prompt)
+        # A prefix that is shared cannot be evicted: without it there may be more room.
+        if not (found and self._place(row, *found)) and not self._place(row):
+            return False
+        row.admitted_at = time.monotonic()
+        return True
+
+    def _place(self, row: Row, prefix: Prefix | None = None, cached: int = 0) -> bool:
+        """Give a row tables, and pages for what the first tokens of a prefix do not have."""
+        pages = self.arena.pages
+        shared = list(prefix.pages) if prefix else []
+        pages.hold(shared)
+        needed = self.shape.pages_for(row.length - cached, row.depth)
+        while needed > pages.free and self._prefixes.evict():
+            pass
+        if needed > pages.free:
+            pages.release(shared)
+            return False
+        row.tables = self.arena.take_tables(1 + row.depth, row.length)
+        if prefix is not None:
+            index = torch.tensor(row.tables, device=self.passes.device)
+            self.arena.tables[index, :cached] = prefix.tables[:, :cached]
+        row.pages = shared + self.arena.fill(row.tables, cached, row.length)
+        row.read = row.cached = cached
+        return True
+
+    def _enter_loop(self) -> None:
+        """Start the tokens that may enter the loop in this tick."""
+        reading = [row for row in self._rows if row.read < len(row.ask.prompt)]
+        decoding = [row for row in self._rows if row.read >= len(row.ask.prompt)]
+        if all(row.flight is None for row in self._rows):
+            self._phase = 0
+        starting = schedule.ready(decoding, self._phase, self.settings.lockstep)
+        entering = [(row, 1) for row in starting]
+        prompts = [row.flight for row in reading if row.flight is not None]
+        idle = [row for row in reading if row.flight is None]
+        room = self.settings.tick_tokens - len(decoding)
+        entering += schedule.chunks(idle, prompts, room, self.settings.prompt_chunk)
+        for row, count in entering:
+            row.flight = Flight(row, row.read, row.read + count)
+        if entering:
+            self.passes.enter([row.flight for row, _ in entering if row.flight is not None])
+
+    def _leave_loop(self, flights: list[Flight]) -> None:
+        """Check who may leave, run the coda for who has, and give them their tokens."""
+        checked = [one for one in flights if exits.is_checked(one)]
+        readouts = [one for one in checked if not one.row.shares]
+        exits.check_states([one for one in checked if one.row.shares], self._gate, self.arena)
+        done = [one for one in flights if one.done]
+        logits = self._read_out(readouts, done)
+        for one in readouts:
+            exits.check_logits(one, logits[id(one)], self.arena)
+        left = [one for one in readouts if one.done]
+        # Several tokens are answered together, once all of them have left; a single one was.
+        logits |= self._read_out([], [one for one in left if not one.answers])
+        for one in (*done, *left):
+            self._land(one, logits.get(id(one)))
+
+    def _read_out(self, checked: list[Flight], done: list[Flight]) -> dict[int, torch.Tensor]:
+        """Run the coda, and return logits (n, V) by flight, where anyone wants them.
+
+        Args:
+            checked: Flights of which those tokens are read out that still loop.
+            done: Flights of which all tokens pass the coda, and the last one of a row is read out.
+        """
+        if not checked and not done:
+            return {}
+        parts = [(one, True) for one in checked] + [(one, False) for one in done]
+        wanted: dict[int, torch.Tensor] = {}
+        for (one, whole), hidden in zip(parts, self.passes.finish(parts), strict=True):
+            if whole:
+                wanted[id(one)] = hidden
+            elif one.is_last:
+                wanted[id(one)] = hidden[-1:]
+        if not wanted:
+            return {}
+        return dict(zip(wanted, self.passes.logits(list(wanted.values())), strict=True))
+
+    def _land(self, flight: Flight, logits: torch.Tensor | None) -> None:
+        """Take a flight's tokens as read, and if they are all there are, choose the next one."""
+        row = flight.row
+        took = [row.depth] * (flight.stop - flight.start)
+        if flight.took is not None and flight.looping is not None:
+            left = flight.took.masked_fill(flight.looping, flight.iteration)
+            took = left.tolist()
+        row.flight, row.read = None, flight.stop
+        row.iterations += sum(took)
+        row.flops += self._flops(flight, took)
+        if flight.stop == len(row.ask.prompt):
+            self._keep_prefix(row)
+        if logits is not None and flight.is_last:
+            self._append(row, took[-1], logits[-1])
+
+    def _flops(self, flight: Flight, took: list[int]) -> float:
+        """Return the FLOPs that a flight took; its tokens attend to all of the row so far."""
+        costs, length, count = self._costs, flight.stop, len(took)
+        checks = flight.num_checks
+        if flight.answers and flight.remaining:
+            checks -= 1  # the last of them was the answer
+        headless = (count - flight.is_last) * 2 * costs.head_matmul
+        return (
+            count * costs.forward_flops(0, length)
+            - headless
+            + sum(took) * costs.iteration_flops(length)
+            + checks * costs.finish_flops(length)
+        )
+
+    def _append(self, row: Row, recurrences: int, logits_V: torch.Tensor) -> None:
+        """Choose the next token of a row, tell it, and end the row if it is the last."""
+        token = sampling.pick(row.picker, row.generator, row.tokens, logits_V)
+        row.tokens.append(token)
+        row.depths[recurrences] += 1
+        row.first_at = row.first_at or time.monotonic()
+        ends = token in self._ends
+        event = Token(token, "" if ends else row.writer.push(token), recurrences)
+        if (wanted := row.ask.sampling.logprobs) is not None:
+            logprob, top = sampling.logprobs(logits_V, token, wanted)
+            event = replace(event, logprob=logprob, top=top)
+        self._tell(row, event)
+        if ends or row.writer.stopped:
+            self._end(row, "stop")
+        elif len(row.tokens) - len(row.ask.prompt) == row.ask.max_new_tokens:
+            self._end(row, "length")
+
+    def _keep_prefix(self, row: Row) -> None:
+        """Let others take what a row has read."""
+        if not (self.settings.prefix_cache and row.shares):
+            return
+        if row.prefix is not None:
+            self._prefixes.drop(row.prefix)
+        index = torch.tensor(row.tables, device=self.passes.device)
+        tables = self.arena.tables[index, : row.read].clone()
+        pages = (tables // self.shape.page_units).unique().tolist()
+        row.prefix = self._prefixes.keep(
+            row.key(self._seeded), row.tokens[: row.read], tables, pages
+        )
+
+    def _tell(self, row: Row, event: Event) -> None:
+        """Deliver an event; whoever cannot take it does not want the rest."""
+        try:
+            row.deliver(event)
+        except Exception:  # foreign code, which must not end the others' tick
+            log.exception("an event could not be delivered")
+            self.cancel(row.ask.id)
+
+    def _end(self, row: Row, reason: Reason) -> None:
+        """End a row, and give back what it holds."""
+        with self._lock:
+            if row in self._rows:
+                self._rows.remove(row)
+        if row.tables:
+            if reason in ("stop", "length") and row.read > len(row.ask.prompt):
+                self._keep_prefix(row)
+            self.arena.pages.release(row.pages)
+            self.arena.return_tables(row.tables)
+        now = time.monotonic()
+        if self._finished_at is not None:
+            self._interval += 0.1 * (now - self._finished_at - self._interval)
+        self._finished_at = now
+        receipt = row.receipt(now)
+        self._policy.spent(row.ask, receipt)
+        self._tell(row, Finished(reason, row.writer.finish(), receipt))
 
 
-def open_engine(config: Any) -> Engine:
-    raise NotImplementedError
+def shape_of(model: Any) -> Shape:
+    """Return what a token takes of a model's keys and values."""
+    config = model.config
+    base = config.base_config
+    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    return Shape(
+        num_prelude=config.num_prelude_layers,
+        num_core=config.num_core_layers,
+        num_coda=config.num_coda_layers,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=model.dtype,
+    )

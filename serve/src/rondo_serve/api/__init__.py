@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's shapes in and out, over any engine."""

@@ -1,0 +1,296 @@
+"""The routes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
+
+from rondo.modeling.configuration_recurrent import RecurrentConfig
+from rondo_serve.api import log
+from rondo_serve.api.answers import Kind, Teller
+from rondo_serve.api.asks import Asker, Defaults
+from rondo_serve.api.bodies import Asking, ChatBody, CompletionBody
+from rondo_serve.api.calls import Call, Gate
+from rondo_serve.api.document import Documented, answered, body_of
+from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_engine
+from rondo_serve.api.guard import Guard
+from rondo_serve.api.metrics import Metrics
+from rondo_serve.api.page import PAGE, Page
+from rondo_serve.api.reading import read
+from rondo_serve.api.replies import (
+    ChatReply,
+    CompletionReply,
+    Depths,
+    Health,
+    ModelList,
+    ModelReply,
+)
+from rondo_serve.config import ServeConfig
+from rondo_serve.engine.engine import Engine
+from rondo_serve.policy import Limits, efforts_of
+from rondo_serve.requests import Ask, Busy, Closed, Finished, Refused
+
+ASKING = documented(400, 403, 404, 408, 413, 429, 500, 503)
+READING = documented(403, 503)
+
+B = TypeVar("B", bound=Asking)
+
+
+class Stream(StreamingResponse):
+    """A stream that cancels its call however it ends, also where it never began."""
+
+    def __init__(self, teller: Teller, headers: dict[str, str]):
+        super().__init__(
+            teller.chunks(),
+            media_type="text/event-stream",
+            headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+        self._call = teller.call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._call.cancel()
+
+
+@dataclass
+class Service:
+    """What the routes share."""
+
+    engine: Engine
+    asker: Asker
+    policy: Limits
+    metrics: Metrics
+    gate: Gate
+    # One thread: tokenizers are not made for several at once.
+    worker: ThreadPoolExecutor
+    created: int
+
+    async def answer(
+        self, request: Request, body: type[B], asks_of: Callable[[B], list[Ask]], kind: Kind
+    ) -> Response:
+        """Answer a request for text.
+
+        Raises:
+            ApiError: It cannot be answered.
+        """
+        try:
+            if self.gate.closing.is_set():
+                raise closed()
+            told = await read(request, body, self.asker.config.max_body)
+            loop = asyncio.get_running_loop()
+            asks = await loop.run_in_executor(self.worker, asks_of, told)
+            call = Call(self.engine, asks, self._ended)
+            try:
+                call.submit()
+            except (Refused, Busy, Closed) as error:
+                raise of_engine(error) from error
+        except ApiError as error:
+            self.metrics.refused(outcome_of(error.status))
+            raise
+        teller = Teller(
+            call,
+            kind,
+            self.asker.tokenizer,
+            self.asker.name,
+            tokens=bool(told.token_recurrences),
+            usage=bool(told.stream_options and told.stream_options.include_usage),
+            n=told.n or 1,
+        )
+        headers = {"x-rondo-recurrences-allowed": str(max(call.allowed))}
+        if told.stream:
+            return Stream(teller, headers)
+        return JSONResponse(await while_there(request, teller), headers=headers)
+
+    def _ended(self, call: Call, index: int, end: Finished) -> None:
+        self.metrics.finished(end)
+        if not call.done:
+            return
+        prompts = None
+        if self.asker.config.log_prompts:
+            prompts = [self.asker.tokenizer.decode(ask.prompt) for ask in call.asks]
+        log.write(log.line_of(call, self.asker.name, prompts))
+
+    def model(self) -> ModelReply:
+        """Return what is told of the model."""
+        shape, policy = self.asker.shape, self.policy
+        return ModelReply(
+            id=self.asker.name,
+            object="model",
+            created=self.created,
+            owned_by="rondo",
+            max_model_len=self.asker.context,
+            max_new_tokens=self.asker.config.max_new_tokens,
+            recurrence=Depths(
+                default=policy.default,
+                min=policy.floor,
+                max=policy.cap,
+                efforts=dict(
+                    policy.efforts or efforts_of(policy.default, policy.floor, policy.cap)
+                ),
+                calibrated={rule: list(of) for rule, of in (shape.exit_rules or {}).items()},
+                gate=shape.exit_gate,
+            ),
+        )
+
+
+def outcome_of(status: int) -> str:
+    """Return what metrics call a request that was not taken."""
+    return {429: "busy", 503: "closed", 500: "error"}.get(status, "refused")
+
+
+async def while_there(request: Request, teller: Teller) -> dict[str, Any]:
+    """Return a whole body, and cancel its call when the client leaves.
+
+    Raises:
+        ApiError: An answer failed.
+    """
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        teller.call.cancel()
+
+    leaving = asyncio.create_task(left())
+    try:
+        return await teller.body()
+    finally:
+        leaving.cancel()
+        teller.call.cancel()
+
+
+def make_app(
+    engine: Engine,
+    tokenizer: Any,
+    shape: RecurrentConfig,
+    policy: Limits,
+    config: ServeConfig,
+) -> FastAPI:
+    """Return the app over an engine that runs.
+
+    Args:
+        engine: Who answers.
+        tokenizer: The model's.
+        shape: The model's config.
+        policy: What a request may spend.
+        config: The server's settings.
+    """
+    name = config.name or Path(config.model).resolve().name
+    service = Service(
+        engine,
+        Asker(tokenizer, shape, config, name, Defaults.of(config.model)),
+        policy,
+        Metrics(engine, policy.cap),
+        Gate(),
+        ThreadPoolExecutor(1, "tokenizer"),
+        int(time.time()),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.worker.shutdown(wait=False)
+
+    app = Documented(policy, config, lifespan=lifespan)
+    app.state.service = service
+    handle_errors(app)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-rondo-recurrences-allowed", "retry-after"],
+        )
+    app.add_middleware(
+        Guard, gate=service.gate, most=config.max_connections, origins=config.cors_origins
+    )
+    route_texts(app, service)
+    route_models(app, service)
+    route_operation(app, service)
+    return app
+
+
+def route_texts(app: FastAPI, service: Service) -> None:
+    """Add what continues texts."""
+
+    @app.post(
+        "/v1/chat/completions",
+        summary="Continue a conversation",
+        responses={200: answered(ChatReply), **ASKING},
+        openapi_extra=body_of(ChatBody),
+    )
+    async def chat(request: Request) -> Response:
+        return await service.answer(request, ChatBody, service.asker.chat, "chat")
+
+    @app.post(
+        "/v1/completions",
+        summary="Continue texts",
+        responses={200: answered(CompletionReply), **ASKING},
+        openapi_extra=body_of(CompletionBody),
+    )
+    async def completions(request: Request) -> Response:
+        return await service.answer(request, CompletionBody, service.asker.completion, "text")
+
+
+def route_models(app: FastAPI, service: Service) -> None:
+    """Add what tells of the model."""
+
+    @app.get("/v1/models", summary="List the models: one", responses=READING)
+    async def models() -> ModelList:
+        return ModelList(data=[service.model()])
+
+    @app.get(
+        "/v1/models/{model:path}", summary="Tell of a model", responses=documented(404, 403, 503)
+    )
+    async def model(model: str) -> ModelReply:
+        if model != service.asker.name:
+            message = f"there is no model {model[:200]!r} here: there is {service.asker.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return service.model()
+
+
+def route_operation(app: FastAPI, service: Service) -> None:
+    """Add what operators and browsers ask for."""
+    page = Page.of() if PAGE.is_file() else None
+
+    @app.get("/healthz", summary="Whether the process is alive", responses=READING)
+    async def healthz() -> Health:
+        return Health()
+
+    @app.get("/readyz", summary="Whether requests are taken", responses=READING)
+    async def readyz() -> Health:
+        if service.engine.failure is not None:
+            raise ApiError(503, f"the engine has failed: {service.engine.failure}")
+        if service.gate.closing.is_set():
+            raise closed()
+        return Health()
+
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Metrics."}
+
+    @app.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: text, **READING},
+    )
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        if page is None:
+            raise ApiError(404, "this installation has no page: ask /v1/models what there is")
+        return Response(page.html, media_type="text/html; charset=utf-8", headers=page.headers)

@@ -1,0 +1,113 @@
+"""The asks of one HTTP request on their way through the engine."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from rondo_serve.engine.engine import Engine
+from rondo_serve.requests import Ask, Busy, Closed, Event, Finished, Refused
+
+
+@dataclass
+class Call:
+    """Asks that were taken, and their events.
+
+    Events come on the engine's thread and are read on the loop's: a slow reader lets them pile up,
+    which the tokens of an answer bound, and never holds the engine up.
+
+    Attributes:
+        engine: Who answers.
+        asks: What is asked.
+        ended: Called on the loop with each `Finished`, also where nobody reads any more.
+        allowed: The depth that each ask was given.
+        finished: The ends that have come, by index.
+        started: When the call began, in seconds of `time.monotonic`.
+    """
+
+    engine: Engine
+    asks: Sequence[Ask]
+    ended: Callable[["Call", int, Finished], None]
+    allowed: list[int] = field(default_factory=list)
+    finished: dict[int, Finished] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    texts: dict[int, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    @property
+    def done(self) -> bool:
+        """Whether every ask that was taken has ended."""
+        return len(self.finished) == len(self.allowed)
+
+    def submit(self) -> None:
+        """Hand all asks to the engine, or none.
+
+        Raises:
+            Refused: One of them can never be served.
+            Busy: The queue does not take all of them.
+            Closed: The engine takes no more.
+        """
+        for index, ask in enumerate(self.asks):
+            try:
+                self.allowed.append(self.engine.submit(ask, self._deliver(index)))
+            except (Refused, Busy, Closed):
+                self.cancel()
+                raise
+
+    def cancel(self) -> None:
+        """Stop what has not ended."""
+        for index, ask in enumerate(self.asks[: len(self.allowed)]):
+            if index not in self.finished:
+                self.engine.cancel(ask.id)
+
+    async def events(self, pause: float | None = None) -> AsyncIterator[list[tuple[int, Event]]]:
+        """Yield events with their asks' indices, those that came together at once, until all ended.
+
+        Args:
+            pause: Seconds of silence after which an empty list is yielded.
+        """
+        left = len(self.asks)
+        while left:
+            try:
+                batch = [await asyncio.wait_for(self._events.get(), pause)]
+            except TimeoutError:
+                yield []
+                continue
+            while not self._events.empty():
+                batch.append(self._events.get_nowait())
+            left -= sum(isinstance(event, Finished) for _, event in batch)
+            yield batch
+
+    def _deliver(self, index: int) -> Callable[[Event], None]:
+        def deliver(event: Event) -> None:
+            # The loop is gone where the server was cut off: nobody is left to tell.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._take, index, event)
+
+        return deliver
+
+    def _take(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+        if event.text:
+            self.texts.setdefault(index, []).append(event.text)
+        if isinstance(event, Finished):
+            self.finished[index] = event
+            self.ended(self, index, event)
+
+
+@dataclass
+class Gate:
+    """Whether the server takes requests, and how many it holds.
+
+    Attributes:
+        closing: The server shuts down.
+        held: Requests that are being answered.
+    """
+
+    closing: threading.Event = field(default_factory=threading.Event)
+    held: int = 0

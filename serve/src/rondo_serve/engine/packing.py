@@ -26,7 +26,7 @@ from rondo_serve.engine.arena import Arena
 from rondo_serve.requests import Refused
 
 NAME = "rondo_packed"
-Mask = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
+Mask = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Attention:
         return BatchMask(batch, self.kinds[0])
 
     def mask(self, kind: str, group: Group, dtype: torch.dtype) -> torch.Tensor:
-        """Return which keys the queries of a group may see, (B, 1, T, S), as the kernel wants it."""
+        """Return which keys a group's queries may see, (B, 1, T, S), as the kernel wants it."""
         keys = torch.arange(group.read.shape[1], device=group.read.device)
         seen = self._masks[kind](0, 0, group.queries[:, None, :, None], keys)
         if self._inner == "sdpa":

@@ -124,7 +124,8 @@ class Flight:
         if self.looping is None:
             self.logits, self.agreed = logits, agreed
         else:
-            assert self.logits is not None and self.agreed is not None
+            assert self.logits is not None
+            assert self.agreed is not None
             self.logits[self.looping], self.agreed[self.looping] = logits, agreed
         self.num_checks += len(logits)
 

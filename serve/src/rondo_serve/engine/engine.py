@@ -18,6 +18,7 @@ import torch
 
 from rondo.chat import common_length
 from rondo.flops import costs_of
+from rondo.memory import READOUT_COPIES
 from rondo_serve.engine import exits, sampling, schedule
 from rondo_serve.engine.arena import Arena, Shape
 from rondo_serve.engine.passes import Passes
@@ -50,6 +51,7 @@ class EngineSettings:
     Attributes:
         kv_bytes: Memory for keys and values.
         max_context: Tokens of a prompt and its answer.
+        readout_bytes: Memory for the logits of prompts whose exit reads them.
         lockstep: Whether every token waits for the deepest in flight; to measure against.
     """
 
@@ -62,6 +64,7 @@ class EngineSettings:
     prefix_cache: bool = True
     favour: schedule.Favour = "even"
     max_seconds: float = 600.0
+    readout_bytes: int = 10**9
     lockstep: bool = False
 
 
@@ -213,11 +216,25 @@ class Engine:
             )
         if ask.exit is not None and ask.exit.criterion == "gate" and self._gate is None:
             raise Refused("the model has no exit gate: take another rule", "exit")
+        self._check_readouts(ask)
         if (needed := self.shape.pages_for(length - 1, depth)) > self.arena.pages.total:
             raise Refused(
                 f"{length} tokens at depth {depth} need {needed} pages of keys and values, and "
                 f"this server has {self.arena.pages.total}: ask for fewer tokens or less depth",
                 "max_tokens",
+            )
+
+    def _check_readouts(self, ask: Ask) -> None:
+        """Refuse a prompt whose logits would not fit, where each of its tokens is read out."""
+        if ask.exit is None or not ask.exit.reads_logits:
+            return
+        each = READOUT_COPIES * torch.float32.itemsize * self._model.config.vocab_size
+        most = self.settings.readout_bytes // each
+        if len(ask.prompt) > most:
+            raise Refused(
+                f"an exit that reads logits ({ask.exit.criterion}) takes prompts of up to {most} "
+                f"tokens here, and this one has {len(ask.prompt)}: take state_distance or gate",
+                "exit",
             )
 
     # ---- on the engine's thread

@@ -11,18 +11,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from rondo.chat import common_length
 from rondo.flops import costs_of
-from rondo.memory import READOUT_COPIES
 from rondo_serve.engine import exits, sampling, schedule
 from rondo_serve.engine.arena import Arena, Shape
+from rondo_serve.engine.bounds import EngineSettings, check
 from rondo_serve.engine.passes import Passes
-from rondo_serve.engine.prefixes import STRIDE, Prefix, Prefixes
+from rondo_serve.engine.places import Places
 from rondo_serve.engine.rows import Flight, Row
 from rondo_serve.policy import Policy
 from rondo_serve.requests import (
@@ -42,30 +41,6 @@ from rondo_serve.text import Writer
 log = logging.getLogger(__name__)
 # Failures in a row after which the engine gives up.
 MOST_FAILURES = 3
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What an engine may use, and how it goes about it; see `ServeConfig` for what is not said.
-
-    Attributes:
-        kv_bytes: Memory for keys and values.
-        max_context: Tokens of a prompt and its answer.
-        readout_bytes: Memory for the logits of prompts whose exit reads them.
-        lockstep: Whether every token waits for the deepest in flight; to measure against.
-    """
-
-    kv_bytes: int
-    max_context: int
-    max_running: int = 32
-    max_queue: int = 128
-    tick_tokens: int = 256
-    prompt_chunk: int = 64
-    prefix_cache: bool = True
-    favour: schedule.Favour = "even"
-    max_seconds: float = 600.0
-    readout_bytes: int = 10**9
-    lockstep: bool = False
 
 
 class Engine:
@@ -97,7 +72,6 @@ class Engine:
         self._ends = frozenset(ends)
         self._costs = costs_of(model)
         self._gate = model.model.exit_gate
-        self._seeded = model.config.state_init == "normal"
         self.shape = shape_of(model)
         total = settings.kv_bytes // self.shape.page_bytes - 1
         if total < self.shape.pages_for(1, 1):
@@ -107,7 +81,9 @@ class Engine:
             )
         self.arena = Arena(self.shape, total, model.device)
         self.passes = Passes(model, self.arena)
-        self._prefixes = Prefixes(self.arena.pages)
+        self._places = Places(
+            self.arena, settings.prefix_cache, model.config.state_init == "normal"
+        )
         self._lock = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
@@ -142,7 +118,7 @@ class Engine:
             Closed: The engine shuts down or has failed.
         """
         depth = self._policy.allow(ask, self.load())
-        self._check(ask, depth)
+        check(ask, depth, self._model.config, self.settings, self.arena)
         row = Row(
             ask=ask,
             deliver=deliver,
@@ -197,46 +173,6 @@ class Engine:
     def _vacant(self) -> int:
         return max(0, self.settings.max_running - len(self._rows))
 
-    def _check(self, ask: Ask, depth: int) -> None:
-        """Refuse what can never be served."""
-        length, most = len(ask.prompt) + ask.max_new_tokens, self.settings.max_context
-        if not ask.prompt:
-            raise Refused("the prompt is empty: give some text", "prompt")
-        if length > most:
-            raise Refused(
-                f"a prompt of {len(ask.prompt)} tokens and {ask.max_new_tokens} new ones exceed "
-                f"the {most} that this server takes",
-                "max_tokens",
-            )
-        if depth > self._model.config.max_recurrences:
-            raise Refused(
-                f"num_recurrences {depth} is beyond the model's cap of "
-                f"{self._model.config.max_recurrences}",
-                "num_recurrences",
-            )
-        if ask.exit is not None and ask.exit.criterion == "gate" and self._gate is None:
-            raise Refused("the model has no exit gate: take another rule", "exit")
-        self._check_readouts(ask)
-        if (needed := self.shape.pages_for(length - 1, depth)) > self.arena.pages.total:
-            raise Refused(
-                f"{length} tokens at depth {depth} need {needed} pages of keys and values, and "
-                f"this server has {self.arena.pages.total}: ask for fewer tokens or less depth",
-                "max_tokens",
-            )
-
-    def _check_readouts(self, ask: Ask) -> None:
-        """Refuse a prompt whose logits would not fit, where each of its tokens is read out."""
-        if ask.exit is None or not ask.exit.reads_logits:
-            return
-        each = READOUT_COPIES * torch.float32.itemsize * self._model.config.vocab_size
-        most = self.settings.readout_bytes // each
-        if len(ask.prompt) > most:
-            raise Refused(
-                f"an exit that reads logits ({ask.exit.criterion}) takes prompts of up to {most} "
-                f"tokens here, and this one has {len(ask.prompt)}: take state_distance or gate",
-                "exit",
-            )
-
     # ---- on the engine's thread
 
     def _run(self) -> None:
@@ -269,8 +205,7 @@ class Engine:
     def _give_up_rows(self) -> None:
         for row in list(self._rows):
             self._end(row, "error")
-        while self._prefixes.evict():
-            pass
+        self._places.forget_prefixes()
 
     @torch.inference_mode()
     def tick(self) -> bool:
@@ -316,57 +251,18 @@ class Engine:
         while self._vacant:
             with self._lock:
                 row = schedule.next_admitted(
-                    self._waiting, self.settings.favour, time.monotonic(), self._twin
+                    self._waiting, self.settings.favour, time.monotonic(), self._waits_for_twin
                 )
-            if row is None or not self._make_room(row):
+            if row is None or not self._places.give(row):
                 return
+            row.admitted_at = time.monotonic()
             with self._lock:
                 # It may have been cancelled meanwhile, which the next tick sees.
                 self._waiting.remove(row)
                 self._rows.append(row)
 
-    def _twin(self, row: Row) -> bool:
-        """Return whether a row does better to wait for another that reads the same prompt."""
-        if not (self.settings.prefix_cache and row.shares):
-            return False
-        key, prompt = row.key(self._seeded), row.ask.prompt
-        return any(
-            other.read < len(other.ask.prompt)
-            and other.ask.prompt[:STRIDE] == prompt[:STRIDE]
-            and other.key(self._seeded) == key
-            and common_length(other.ask.prompt, prompt[:-1]) > other.read + STRIDE
-            for other in self._rows
-        )
-
-    def _make_room(self, row: Row) -> bool:
-        """Give a row the pages of all the tokens it may have; return whether there were so many."""
-        found = None
-        if self.settings.prefix_cache and row.shares:
-            found = self._prefixes.find(row.key(self._seeded), row.ask.prompt)
-        # A prefix that is shared cannot be evicted: without it there may be more room.
-        if not (found and self._place(row, *found)) and not self._place(row):
-            return False
-        row.admitted_at = time.monotonic()
-        return True
-
-    def _place(self, row: Row, prefix: Prefix | None = None, cached: int = 0) -> bool:
-        """Give a row tables, and pages for what the first tokens of a prefix do not have."""
-        pages = self.arena.pages
-        shared = list(prefix.pages) if prefix else []
-        pages.hold(shared)
-        needed = self.shape.pages_for(row.length - cached, row.depth)
-        while needed > pages.free and self._prefixes.evict():
-            pass
-        if needed > pages.free:
-            pages.release(shared)
-            return False
-        row.tables = self.arena.take_tables(1 + row.depth, row.length)
-        if prefix is not None:
-            index = torch.tensor(row.tables, device=self.passes.device)
-            self.arena.tables[index, :cached] = prefix.tables[:, :cached]
-        row.pages = shared + self.arena.fill(row.tables, cached, row.length)
-        row.read = row.cached = cached
-        return True
+    def _waits_for_twin(self, row: Row) -> bool:
+        return self._places.has_twin(row, self._rows)
 
     def _enter_loop(self) -> None:
         """Start the tokens that may enter the loop in this tick."""
@@ -431,7 +327,7 @@ class Engine:
         row.iterations += sum(took)
         row.flops += self._flops(flight, took)
         if flight.stop == len(row.ask.prompt):
-            self._keep_prefix(row)
+            self._places.keep(row)
         if logits is not None and flight.is_last:
             self._append(row, took[-1], logits[-1])
 
@@ -466,19 +362,6 @@ class Engine:
         elif len(row.tokens) - len(row.ask.prompt) == row.ask.max_new_tokens:
             self._end(row, "length")
 
-    def _keep_prefix(self, row: Row) -> None:
-        """Let others take what a row has read."""
-        if not (self.settings.prefix_cache and row.shares):
-            return
-        if row.prefix is not None:
-            self._prefixes.drop(row.prefix)
-        index = torch.tensor(row.tables, device=self.passes.device)
-        tables = self.arena.tables[index, : row.read].clone()
-        pages = (tables // self.shape.page_units).unique().tolist()
-        row.prefix = self._prefixes.keep(
-            row.key(self._seeded), row.tokens[: row.read], tables, pages
-        )
-
     def _tell(self, row: Row, event: Event) -> None:
         """Deliver an event; whoever cannot take it does not want the rest."""
         try:
@@ -494,9 +377,8 @@ class Engine:
                 self._rows.remove(row)
         if row.tables:
             if reason in ("stop", "length") and row.read > len(row.ask.prompt):
-                self._keep_prefix(row)
-            self.arena.pages.release(row.pages)
-            self.arena.return_tables(row.tables)
+                self._places.keep(row)
+            self._places.take_back(row)
         now = time.monotonic()
         if self._finished_at is not None:
             self._interval += 0.1 * (now - self._finished_at - self._interval)

@@ -1,5 +1,6 @@
 """`rondo serve`: opens an engine, answers over HTTP until it is told to stop, and ends in order."""
 
+import asyncio
 import errno
 import ipaddress
 import logging
@@ -7,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,12 +16,10 @@ from typing import Any
 import uvicorn
 
 from rondo.errors import UserError
-from rondo.generation import shape_of
-from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo_serve.api.app import make_app
-from rondo_serve.api.calls import Gate
+from rondo_serve.api.calls import Engine, Gate
 from rondo_serve.config import ServeConfig
-from rondo_serve.engine.engine import Engine, open_engine
+from rondo_serve.engine.opening import open_engine
 
 # After the engine has ended, for readers that are slow to take what they were sent.
 LAST_SECONDS = 5
@@ -34,13 +34,36 @@ class Server(uvicorn.Server):
         engine: Is closed at the first signal.
         gate: Is closed at the same time.
         grace: Seconds that running answers are given.
+        told: What the operator is told once requests are taken.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, gate: Gate, grace: float):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        gate: Gate,
+        grace: float,
+        told: Sequence[str] = (),
+    ):
         super().__init__(config)
+        self._told = told
         self._engine = engine
         self._gate = gate
         self._grace = grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        await super().startup(sockets)
+        if self.started and self._told:
+            print("\n".join(self._told), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for readers, and cut off those that are left."""
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        # The loop closes what was aborted.
+        await asyncio.sleep(0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down; a second Ctrl-C cuts off what runs."""
@@ -65,18 +88,20 @@ def run(config: ServeConfig) -> None:
     Raises:
         UserError: The model cannot be served so, or the address cannot be had.
     """
-    shape = shape_of(config.model)
-    check_depths(config, shape)
+    # The model loads for long: what can be refused before is.
     with bound(config.host, config.port) as listener:
         opened = open_engine(config)
         log_to_stderr()
+        config = config.model_copy(update={"max_context": opened.engine.settings.max_context})
         app = make_app(opened.engine, opened.tokenizer, opened.shape, opened.policy, config)
         opened.engine.start()
-        print("\n".join([*opened.told, *told_of(listener, config)]), flush=True)
-        serve(app, opened.engine, listener, config)
+        told = [*opened.told, *told_of(listener, config)]
+        serve(app, opened.engine, listener, config.grace_seconds, told)
 
 
-def serve(app: Any, engine: Engine, listener: socket.socket, config: ServeConfig) -> None:
+def serve(
+    app: Any, engine: Engine, listener: socket.socket, grace: float, told: Sequence[str]
+) -> None:
     """Answer on a socket until a signal comes, then end in order."""
     settings = uvicorn.Config(
         app,
@@ -87,32 +112,11 @@ def serve(app: Any, engine: Engine, listener: socket.socket, config: ServeConfig
         backlog=BACKLOG,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-    server = Server(settings, engine, app.state.service.gate, config.grace_seconds)
+    server = Server(settings, engine, app.state.service.gate, grace, told)
     try:
         server.run(sockets=[listener])
     finally:
         engine.close(0.0)
-
-
-def check_depths(config: ServeConfig, shape: RecurrentConfig) -> None:
-    """Refuse depths that the model was not made for.
-
-    Raises:
-        UserError: One is beyond its cap.
-    """
-    cap = shape.max_recurrences
-    given = {
-        "--num-recurrences": config.num_recurrences,
-        "--min-recurrences": config.min_recurrences,
-        "--max-recurrences": config.max_recurrences,
-        **{f"--efforts {name}": depth for name, depth in (config.efforts or {}).items()},
-    }
-    for flag, depth in given.items():
-        if depth is not None and depth > cap:
-            raise UserError(
-                f"{flag} {depth} is beyond the model's cap of {cap} (max_recurrences in "
-                f"{config.model}/config.json)"
-            )
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rondo.terminal import Pieces
+from rondo_serve.requests import Refused
 
 
 class Writer:
@@ -20,12 +21,12 @@ class Writer:
         stopped: Whether a stop string came. Nothing is told any more then.
 
     Raises:
-        ValueError: A stop string is empty.
+        Refused: A stop string is empty.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
         if "" in stop:
-            raise ValueError("a stop string is empty: leave it out, or say what ends the text")
+            raise Refused("a stop string is empty: leave it out, or say what ends the text", "stop")
         self.stopped = False
         self._pieces, self._special = Pieces(tokenizer), special_tokens(tokenizer)
         self._stop, self._held = stop, ""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rondo_serve.api import log
 from rondo_serve.api.answers import Kind, Teller
 from rondo_serve.api.asks import Asker, Defaults
 from rondo_serve.api.bodies import Asking, ChatBody, CompletionBody
-from rondo_serve.api.calls import Call, Gate
+from rondo_serve.api.calls import Call, Engine, Gate
 from rondo_serve.api.document import Documented, answered, body_of
 from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_engine
 from rondo_serve.api.guard import Guard
@@ -36,7 +36,6 @@ from rondo_serve.api.replies import (
     ModelReply,
 )
 from rondo_serve.config import ServeConfig
-from rondo_serve.engine.engine import Engine
 from rondo_serve.policy import Limits, efforts_of
 from rondo_serve.requests import Ask, Busy, Closed, Finished, Refused
 
@@ -98,7 +97,9 @@ class Service:
             except (Refused, Busy, Closed) as error:
                 raise of_engine(error) from error
         except ApiError as error:
-            self.metrics.refused(outcome_of(error.status))
+            outcome = outcome_of(error.status)
+            self.metrics.refused(outcome)
+            log.write(log.line_of_refusal(error.status, outcome, error.code, self.asker.name))
             raise
         teller = Teller(
             call,
@@ -132,7 +133,7 @@ class Service:
             created=self.created,
             owned_by="rondo",
             max_model_len=self.asker.context,
-            max_new_tokens=self.asker.config.max_new_tokens,
+            max_new_tokens=min(self.asker.config.max_new_tokens, self.asker.context - 1),
             recurrence=Depths(
                 default=policy.default,
                 min=policy.floor,
@@ -199,11 +200,11 @@ def make_app(
     )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         yield
         service.worker.shutdown(wait=False)
 
-    app = Documented(policy, config, lifespan=lifespan)
+    app = Documented(policy, config, service.asker.context, lifespan=lifespan)
     app.state.service = service
     handle_errors(app)
     if config.cors_origins:

@@ -170,7 +170,7 @@ class Asker:
     def _room(self, prompt: list[int], most: int | None, param: str) -> int:
         """Return how many tokens may follow a prompt."""
         if not prompt:
-            raise ApiError(400, f"{param} holds no token: give a text", param)
+            raise ApiError(400, "the prompt holds no token: give a text", param)
         if most is not None and most > self.config.max_new_tokens:
             message = (
                 f"max_tokens {most} is beyond the {self.config.max_new_tokens} that this server "
@@ -180,7 +180,7 @@ class Asker:
         room = self.context - len(prompt)
         if room < (most or 1):
             message = (
-                f"{param} has {len(prompt)} tokens, which with {most or 1} new ones exceed the "
+                f"the prompt has {len(prompt)} tokens, which with {most or 1} new ones exceed the "
                 f"{self.context} that the model takes: shorten it or ask for fewer"
             )
             raise ApiError(400, message, param, "context_length_exceeded")

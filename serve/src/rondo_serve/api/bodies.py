@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rondo_serve.requests import Effort
 
@@ -105,6 +105,7 @@ class Message(Body):
     name: str | None = None
     # What OpenAI's client sends back of its own answers: nothing, where there was nothing.
     refusal: None = None
+    parsed: None = None
     audio: None = None
     function_call: None = None
     tool_calls: Nothing = None
@@ -184,9 +185,17 @@ class CompletionBody(Asking):
     logprobs: int | None = Field(
         None, ge=0, le=5, description="Tell each token's logarithm of probability, and of others."
     )
-    echo: Literal[False] | None = None
+    echo: Annotated[bool, Field(json_schema_extra={"const": False})] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @field_validator("echo")
+    @classmethod
+    def _not_asked(cls, value: bool | None) -> bool | None:
+        # A Literal would take 0 for false.
+        if value:
+            raise ValueError("must be false")
+        return value
 
 
 # Fields of OpenAI's that would change the answer.

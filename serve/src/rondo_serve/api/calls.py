@@ -6,9 +6,34 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from rondo_serve.engine.engine import Engine
-from rondo_serve.requests import Ask, Busy, Closed, Event, Finished, Refused
+from rondo_serve.requests import Ask, Busy, Closed, Deliver, Event, Finished, Load, Refused
+
+
+class Engine(Protocol):
+    """Who answers: what the API needs of `rondo_serve.engine.engine.Engine`."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it stopped by itself, None while it has not."""
+
+    def start(self) -> None:
+        """Begin to answer."""
+
+    def submit(self, ask: Ask, deliver: Deliver) -> int:
+        """Take a request, and return the depth that it is allowed."""
+        ...
+
+    def cancel(self, id: str) -> None:
+        """Stop a request; it still gets its `Finished`."""
+
+    def close(self, grace: float) -> None:
+        """Take nothing more, wait `grace` seconds for what runs, cut the rest off, and stop."""
+
+    def load(self) -> Load:
+        """Return how busy it is."""
+        ...
 
 
 @dataclass

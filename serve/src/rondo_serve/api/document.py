@@ -29,10 +29,11 @@ class Documented(FastAPI):
     Args:
         policy: Bounds of depth.
         config: Other bounds.
+        context: Tokens of prompt and answer together.
         **more: What FastAPI takes.
     """
 
-    def __init__(self, policy: Limits, config: ServeConfig, **more: Any):
+    def __init__(self, policy: Limits, config: ServeConfig, context: int, **more: Any):
         super().__init__(
             title="Rondo",
             version="1",
@@ -43,10 +44,11 @@ class Documented(FastAPI):
             redirect_slashes=False,
             **more,
         )
+        most = min(config.max_new_tokens, context - 1)
         self._bounds = {
             "num_recurrences": (policy.floor, policy.cap),
-            "max_tokens": (1, config.max_new_tokens),
-            "max_completion_tokens": (1, config.max_new_tokens),
+            "max_tokens": (1, most),
+            "max_completion_tokens": (1, most),
             "n": (1, config.max_choices),
         }
 
@@ -75,10 +77,11 @@ def body_of(body: type[BaseModel]) -> dict[str, Any]:
 
 def answered(reply: type[BaseModel]) -> dict[str, Any]:
     """Return what the document says of an answer that may be a stream."""
-    events = {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+    data = {"type": "string", "description": "A chunk as JSON, an error, or [DONE]."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {
         "model": reply,
         "description": "The answer, or with stream: true its chunks as server-sent events.",
         "headers": ALLOWED,
-        "content": {"text/event-stream": events},
+        "content": {"text/event-stream": {"itemSchema": event}},
     }

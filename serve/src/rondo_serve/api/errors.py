@@ -1,7 +1,6 @@
 """Every error in OpenAI's shape: one sentence, the field, and what kind of error it is."""
 
 import difflib
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from rondo_serve.api.bodies import UNSUPPORTED, ExitBody
@@ -89,9 +89,9 @@ def closed() -> ApiError:
 def of_validation(error: ValidationError, body: type[BaseModel]) -> ApiError:
     """Return the answer to a body that does not have the shape it must have."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    # An error without a place in the body is a body that is no object.
-    first = min(found, key=lambda one: one["type"] != "extra_forbidden")
+    first = min(found, key=urgency)
     loc = first["loc"]
+    # An error without a place in the body is a body that is no object.
     if not loc:
         return ApiError(400, "the body must be a JSON object, as {...}")
     param = path_of(loc)
@@ -108,6 +108,17 @@ def of_validation(error: ValidationError, body: type[BaseModel]) -> ApiError:
     param = path_of(told["loc"])
     reason = told["msg"][0].lower() + told["msg"][1:]
     return ApiError(400, f"{param}: {reason}", param, "invalid_value")
+
+
+def urgency(error: ErrorDetails) -> int:
+    """Return which of several errors is told: the lowest.
+
+    A misspelt field comes first. Within a message it may only be a field of a kind of content that
+    is not supported, and then the kind is told.
+    """
+    if error["type"] != "extra_forbidden":
+        return 1
+    return 0 if len(error["loc"]) <= 2 else 2
 
 
 def path_of(loc: tuple[str | int, ...]) -> str:
@@ -143,12 +154,12 @@ def handle_errors(app: FastAPI) -> None:
         message = {
             404: f"there is no {path} here: /openapi.json tells what there is",
             405: f"{path} does not take {request.method}: /openapi.json tells what it takes",
-        }.get(error.status_code, str(error.detail))
+        }.get(error.status_code, error.detail)
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        logging.getLogger("rondo_serve").error("%s failed", request.url.path, exc_info=error)
+        # The server logs it with its traceback.
         return ApiError(500, "the server made a mistake: its log tells which").response()
 
 

@@ -40,6 +40,11 @@ def line_of(call: Call, model: str, prompts: list[str] | None) -> dict[str, Any]
     return told
 
 
+def line_of_refusal(status: int, outcome: str, code: str | None, model: str) -> dict[str, Any]:
+    """Return what is told of a request that was not taken; its message may hold what was said."""
+    return {"id": None, "model": model, "outcome": [outcome], "status": status, "code": code}
+
+
 def write(line: dict[str, Any]) -> None:
     """Write a line."""
     LOGGER.info(json.dumps(line))

@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from rondo_serve.engine.engine import Engine
+from rondo_serve.api.calls import Engine
 from rondo_serve.requests import Finished, Load, Receipt
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)

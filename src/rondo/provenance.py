@@ -215,17 +215,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _cpu_is_faster_in_bfloat16() -> bool:
     # Every CPU takes bfloat16, but without instructions for it far slower, and the names of such
-    # instructions differ by maker: so ask the machine. The best of three is not fooled by a
-    # moment's load.
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        tokens, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        seconds = []
-        for _ in range(3):
+    # instructions differ by maker: so ask the machine. The best of many, taken in turns, is not
+    # fooled by other work, which would choose another type the next time.
+    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    tried = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in best}
+    for _ in range(12):
+        for dtype, weight in tried.items():
             start = time.perf_counter()
-            torch.nn.functional.linear(tokens, weight)
-            seconds.append(time.perf_counter() - start)
-        best[dtype] = min(seconds)
+            torch.nn.functional.linear(weight[:256], weight)
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best[torch.bfloat16] < best[torch.float32]
 
 

@@ -156,8 +156,9 @@ def told(engine: Engine, policy: Limits) -> list[str]:
         f"{tokens_for(shape, pages, depth):,} tokens at r = {depth}"
         for depth in dict.fromkeys((policy.floor, policy.default, policy.cap))
     ]
+    device, dtype = engine.passes.device.type, str(shape.dtype).removeprefix("torch.")
     return [
-        f"depth {policy.floor} to {policy.cap}, {policy.default} by default",
+        f"{dtype} on {device}; depth {policy.floor} to {policy.cap}, {policy.default} by default",
         f"keys and values {in_words(engine.settings.kv_bytes)} in {pages:,} pages: "
         + ", ".join(room),
         f"up to {engine.settings.max_running} texts at once, "

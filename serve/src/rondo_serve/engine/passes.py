@@ -4,6 +4,7 @@ Shapes: N packed tokens, n tokens of a flight, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from rondo_serve.engine.arena import Arena
 from rondo_serve.engine.packing import Attention, Batch, Group
 from rondo_serve.engine.rows import Flight
 
+# Rows of up to 2 ** this many tokens are not told apart by length.
+SHORT_BITS = 7
 # A flight, the places in its row of the tokens that take part, and the table to write and read.
 Part = tuple[Flight, Sequence[int], int]
 
@@ -118,22 +121,19 @@ class Passes:
         return list(alike.values())
 
     def _packed(self, parts: Sequence[Part], x_1ND: torch.Tensor) -> tuple[Batch, LayerInputs]:
-        """Return what the layers are given of these tokens, single ones first."""
+        """Return what the layers are given of these tokens."""
         tables = self._arena.tables
         places = torch.tensor([place for _, some, _ in parts for place in some], device=self.device)
         owners = torch.tensor([table for _, some, table in parts for _ in some], device=self.device)
+        groups, start = [], 0
+        for (several, _), alike in groupby(parts, key=_kind):
+            for some in [[one] for one in alike] if several else [list(alike)]:
+                stop = start + sum(len(taking) for _, taking, _ in some)
+                longest = max(one.stop for one, _, _ in some)
+                read = tables[[table for _, _, table in some], :longest]
+                groups.append(Group(start, places[start:stop].view(len(some), -1), read))
+                start = stop
         write = tables[owners, places]
-        singles = sum(len(some) == 1 for _, some, _ in parts)
-        groups = []
-        if singles:
-            longest = max(one.stop for one, _, _ in parts[:singles])
-            read = tables[owners[:singles], :longest]
-            groups.append(Group(0, places[:singles, None], read))
-        start = singles
-        for one, some, table in parts[singles:]:
-            stop = start + len(some)
-            groups.append(Group(start, places[None, start:stop], tables[None, table, : one.stop]))
-            start = stop
         batch = Batch(self._arena, write, groups, self._attention)
         body, positions = self._body, places[None]
         if body.rotary_by_type:
@@ -146,5 +146,14 @@ class Passes:
 
 
 def _ordered(parts: Iterable[Part]) -> list[Part]:
-    """Put parts of a single token first: they are attended in one batch."""
-    return sorted(parts, key=lambda part: len(part[1]) != 1)
+    """Put those side by side that are attended in one batch."""
+    return sorted(parts, key=_kind)
+
+
+def _kind(part: Part) -> tuple[bool, int]:
+    """Return what parts must have in common to be attended in one batch: a single token each.
+
+    And about the same length, or each would read as many keys as the longest has.
+    """
+    flight, places, _ = part
+    return len(places) != 1, max(0, (flight.stop - 1).bit_length() - SHORT_BITS)

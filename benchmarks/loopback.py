@@ -82,21 +82,37 @@ def server(checkpoint: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]
     port = free_port()
     command = [sys.executable, "-m", "rondo", "serve", str(checkpoint), "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "float32", *flags]
+    # Should it die in foreign code, its log tells where.
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
+        died, code = False, None
         try:
             url = f"http://127.0.0.1:{port}"
             _until_ready(url, process, log)
             yield url, process.pid
-            process.terminate()
-            code = process.wait(END_SECONDS)
         finally:
-            process.kill()
-            process.wait()
-    if code:
-        raise RuntimeError(f"the server ended with {code}: {log.read_text()[-2000:]}")
+            died = process.poll() is not None
+            process.terminate()
+            try:
+                code = process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if died:
+                raise RuntimeError(f"the server died with {code}: {_tail(log)}")
+    if code != 0:
+        raise RuntimeError(f"the server did not end as it should ({code}): {_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
 
 
 def _until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -108,7 +124,7 @@ def _until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"the server does not start: {log.read_text()[-2000:]}")
+    raise RuntimeError(f"the server does not start: {_tail(log)}")
 
 
 def resident(pid: int | None) -> int | None:

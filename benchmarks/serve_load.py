@@ -200,13 +200,15 @@ async def under_load(
 ) -> list[Answer]:
     """Let all clients ask, so many at once."""
     draw, gate = random.Random(seed), asyncio.Semaphore(in_flight)
+    # A client has a connection of its own: one that idles may be closed just when it is used again.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     # A slow reader has little room for what it has not read.
     narrow = httpx.AsyncHTTPTransport(
         socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)],
-        limits=httpx.Limits(max_connections=None),
+        limits=limits,
         trust_env=False,
     )
-    wide = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None), trust_env=False)
+    wide = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
 
     async def one(kind: Kind, manner: Manner, after: int) -> Answer:
         async with gate:

@@ -29,6 +29,7 @@ from rondo_serve.policy import Limits
 from rondo_serve.requests import Ask, Busy, Closed, Load, Receipt, Refused, Sampling
 
 PROMPT = tuple(range(10, 30))
+LONG = prompt(Random(5), 60)
 
 
 @pytest.fixture(autouse=True)
@@ -358,12 +359,12 @@ def test_a_request_that_cannot_be_answered_harms_no_other(fields: dict[str, Any]
     engine = make_engine(model)
     ask = Ask("good", PROMPT, 6, 3)
     (good,) = submit(engine, ask)
-    engine.start()
     bad = Heard()
     try:
         engine.submit(replace(Ask("bad", PROMPT, 4, 2), **fields), bad)
     except ValueError:  # which a Refused is
         bad = good
+    engine.start()
     engine.close(20)
     assert bad.ended
     assert_as_alone(model, [ask], {"good": good})
@@ -468,6 +469,18 @@ def test_a_long_prompt_does_not_keep_others_from_their_tokens() -> None:
     assert len(long.tokens) == 2
 
 
+def test_a_tick_takes_no_more_tokens_than_it_may() -> None:
+    engine = make_engine(small(), prompt_chunk=8, tick_tokens=20, max_running=12)
+    body, calls = model_of(engine).model, []
+    for layer in (body.prelude[0], body.core[0], body.coda[0]):
+        layer.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    heard = submit(engine, *(Ask(f"{n}", LONG, 5, 1 + n % 4) for n in range(12)))
+    finish(engine)
+    assert max(calls) <= 20
+    assert max(calls) > 12, "there was room for prompts beside the answers"
+    assert [one.end.reason for one in heard] == ["length"] * 12
+
+
 @pytest.mark.parametrize("favour", ["shallow", "even", "deep"])
 def test_nobody_waits_for_ever_where_a_tick_cannot_take_all(favour: str) -> None:
     engine = make_engine(small(), favour=favour, tick_tokens=2, prompt_chunk=2, max_running=6)
@@ -567,6 +580,14 @@ def test_no_page_is_lost_whatever_happens(seed: int, prefix_cache: bool) -> None
     assert last.end.reason == "length"
 
 
+def test_what_finds_keys_and_values_does_not_grow_with_the_requests_served() -> None:
+    engine, sizes = make_engine(small(), prefix_cache=True), []
+    for number in range(30):
+        cached(engine, Ask(f"{number}", prompt(Random(number), 20), 3, 16))
+        sizes.append(engine.arena.tables.numel())
+    assert sizes[-1] == sizes[0]
+
+
 def test_the_load_counts_ticks_and_the_tokens_that_the_core_ran() -> None:
     engine = make_engine(small())
     asks = [Ask("one", PROMPT, 4, 3), Ask("two", PROMPT[:5], 6, 2)]
@@ -579,9 +600,6 @@ def test_the_load_counts_ticks_and_the_tokens_that_the_core_ran() -> None:
 
 
 # ---- a cache of prefixes
-
-
-LONG = prompt(Random(5), 60)
 
 
 def cached(engine: Engine, ask: Ask) -> int:

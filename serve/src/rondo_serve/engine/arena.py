@@ -93,6 +93,10 @@ class Pages:
         """Pages that nobody holds."""
         return len(self._free)
 
+    def holders(self, page: int) -> int:
+        """Return by how many a page is held."""
+        return self._holders[page]
+
     def take(self, count: int) -> list[int]:
         """Return pages that were free, held once."""
         assert count <= len(self._free), "whoever takes pages has asked whether they are free"

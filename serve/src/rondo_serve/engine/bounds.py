@@ -1,6 +1,8 @@
 """What an engine may use, and what it can therefore never serve."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,6 +11,11 @@ from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo_serve.engine.arena import Arena
 from rondo_serve.engine.schedule import Favour
 from rondo_serve.requests import Ask, Refused
+
+# Logits divided by less may leave the range of numbers.
+COLDEST = 1e-5
+# Ropes whose angles depend on how long the texts of a call are.
+SCALING_ROPES = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,26 @@ class EngineSettings:
     lockstep: bool = False
 
 
+def longest_context(config: RecurrentConfig) -> int:
+    """Return how many tokens of a text a model can be served.
+
+    Positions that scale with how long a text is would depend on who else is in the batch, so such a
+    model is served up to the length from which on it scales.
+    """
+    most = config.max_position_embeddings
+    for rope in _ropes(getattr(config.base_config, "rope_parameters", None) or {}):
+        if rope.get("rope_type") in SCALING_ROPES:
+            most = min(most, rope.get("original_max_position_embeddings") or most)
+    return most
+
+
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rotary embeddings of a config, which has one, or one for each kind of layer."""
+    if "rope_type" in parameters:
+        return [parameters]
+    return [one for one in parameters.values() if isinstance(one, dict)]
+
+
 def check(
     ask: Ask, depth: int, config: RecurrentConfig, settings: EngineSettings, arena: Arena
 ) -> None:
@@ -51,8 +78,7 @@ def check(
         Refused: It cannot.
     """
     length, most = len(ask.prompt) + ask.max_new_tokens, settings.max_context
-    if not ask.prompt:
-        raise Refused("the prompt is empty: give some text", "prompt")
+    _check_values(ask, config.vocab_size)
     if length > most:
         raise Refused(
             f"a prompt of {len(ask.prompt)} tokens and {ask.max_new_tokens} new ones exceed "
@@ -73,6 +99,28 @@ def check(
             f"this server has {arena.pages.total}: ask for fewer tokens or less depth",
             "max_tokens",
         )
+
+
+def _check_values(ask: Ask, vocab_size: int) -> None:
+    """Refuse what would fail in the midst of a tick, which others share."""
+    if not ask.prompt:
+        raise Refused("the prompt is empty: give some text", "prompt")
+    if not 0 <= min(ask.prompt) <= max(ask.prompt) < vocab_size:
+        raise Refused(f"the prompt's tokens must lie in 0..{vocab_size - 1}", "prompt")
+    if ask.max_new_tokens < 1:
+        raise Refused(f"max_tokens must be at least 1, got {ask.max_new_tokens}", "max_tokens")
+    sampling = ask.sampling
+    if not (sampling.temperature == 0 or COLDEST <= sampling.temperature < math.inf):
+        raise Refused(
+            f"temperature must be 0 or at least {COLDEST}, got {sampling.temperature}",
+            "temperature",
+        )
+    if not 0 <= sampling.top_p <= 1 or sampling.top_k < 0:
+        raise Refused("top_p must lie in 0..1, and top_k must not be negative", "top_p")
+    if not 0 <= sampling.seed < 2**63:
+        raise Refused("seed must be a whole number below 2 ** 63", "seed")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= vocab_size:
+        raise Refused(f"logprobs must lie in 0..{vocab_size}", "logprobs")
 
 
 def _check_readouts(ask: Ask, vocab_size: int, room: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from rondo.flops import costs_of
 from rondo_serve.engine import exits, sampling, schedule
 from rondo_serve.engine.arena import Arena, Shape
-from rondo_serve.engine.bounds import EngineSettings, check
+from rondo_serve.engine.bounds import EngineSettings, check, longest_context
 from rondo_serve.engine.passes import Passes
 from rondo_serve.engine.places import Places
 from rondo_serve.engine.rows import Flight, Row
@@ -73,6 +73,8 @@ class Engine:
         self._costs = costs_of(model)
         self._gate = model.model.exit_gate
         self.shape = shape_of(model)
+        if settings.max_context > (most := longest_context(model.config)):
+            raise Refused(f"max_context {settings.max_context} is beyond the model's {most}")
         total = settings.kv_bytes // self.shape.page_bytes - 1
         if total < self.shape.pages_for(1, 1):
             raise Refused(
@@ -141,8 +143,8 @@ class Engine:
     def cancel(self, id: str) -> None:
         """Stop a request at the next iteration; it still gets its `Finished`."""
         with self._lock:
-            self._cancelled.add(id)
-            self._lock.notify()
+            if any(row.ask.id == id for row in (*self._waiting, *self._rows)):
+                self._cancelled.add(id)
 
     def close(self, grace: float) -> None:
         """Take nothing more, wait `grace` seconds for what runs, cut the rest off, and stop."""
@@ -150,6 +152,9 @@ class Engine:
             until = time.monotonic() + grace
             self._closing = until if self._closing is None else min(self._closing, until)
             self._lock.notify()
+            waiting = list(self._waiting) if self._thread is None else []
+        for row in waiting:
+            self._end(row, "shutdown")
         if self._thread is not None:
             self._thread.join()
 
@@ -190,7 +195,6 @@ class Engine:
         try:
             if not self.tick():
                 time.sleep(0.001)  # what waits does not fit yet, which no row can change
-            self._failures = 0
         except Exception as error:  # the process's boundary: others must not fall with one
             log.exception("a tick failed")
             self._failures += 1
@@ -319,31 +323,32 @@ class Engine:
     def _land(self, flight: Flight, logits: torch.Tensor | None) -> None:
         """Take a flight's tokens as read, and if they are all there are, choose the next one."""
         row = flight.row
-        took = [row.depth] * (flight.stop - flight.start)
-        if flight.took is not None and flight.looping is not None:
-            left = flight.took.masked_fill(flight.looping, flight.iteration)
-            took = left.tolist()
+        took = flight.iterations
+        self._bill(flight, took)
         row.flight, row.read = None, flight.stop
-        row.iterations += sum(took)
-        row.flops += self._flops(flight, took)
         if flight.stop == len(row.ask.prompt):
             self._places.keep(row)
-        if logits is not None and flight.is_last:
+        if logits is None or not flight.is_last:
+            return
+        try:
             self._append(row, took[-1], logits[-1])
+        except Exception:  # what is wrong with one row must not end the others
+            log.exception("a token could not be chosen")
+            self._end(row, "error")
 
-    def _flops(self, flight: Flight, took: list[int]) -> float:
-        """Return the FLOPs that a flight took; its tokens attend to all of the row so far."""
-        costs, length, count = self._costs, flight.stop, len(took)
-        checks = flight.num_checks
-        if flight.answers and flight.remaining:
-            checks -= 1  # the last of them was the answer
+    def _bill(self, flight: Flight, took: list[int]) -> None:
+        """Count what a flight took; its tokens attend to all of the row so far."""
+        row, costs, length, count = flight.row, self._costs, flight.stop, len(took)
+        finish = costs.finish_flops(length)
+        row.iterations += sum(took)
+        row.flops += sum(took) * costs.iteration_flops(length)
+        row.flops += count * (costs.forward_flops(0, length) - finish) + flight.num_checks * finish
+        if not flight.done:
+            return  # it was cut off, and its coda did not run
+        # A single token's last check was its answer, unless it went all the way.
+        answered = flight.answers and flight.remaining > 0
         headless = (count - flight.is_last) * 2 * costs.head_matmul
-        return (
-            count * costs.forward_flops(0, length)
-            - headless
-            + sum(took) * costs.iteration_flops(length)
-            + checks * costs.finish_flops(length)
-        )
+        row.flops += (count - answered) * finish - headless
 
     def _append(self, row: Row, recurrences: int, logits_V: torch.Tensor) -> None:
         """Choose the next token of a row, tell it, and end the row if it is the last."""
@@ -375,6 +380,8 @@ class Engine:
         with self._lock:
             if row in self._rows:
                 self._rows.remove(row)
+        if row.flight is not None:
+            self._bill(row.flight, row.flight.iterations)
         if row.tables:
             if reason in ("stop", "length") and row.read > len(row.ask.prompt):
                 self._places.keep(row)
@@ -383,9 +390,11 @@ class Engine:
         if self._finished_at is not None:
             self._interval += 0.1 * (now - self._finished_at - self._interval)
         self._finished_at = now
+        if reason in ("stop", "length"):
+            self._failures = 0
         receipt = row.receipt(now)
-        self._policy.spent(row.ask, receipt)
         self._tell(row, Finished(reason, row.writer.finish(), receipt))
+        self._policy.spent(row.ask, receipt)
 
 
 def shape_of(model: Any) -> Shape:

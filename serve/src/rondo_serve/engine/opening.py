@@ -14,7 +14,8 @@ from rondo.generation import open_session, shape_of
 from rondo.memory import SPARED, Request, free_memory, in_words
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo_serve.config import EFFORTS, ServeConfig, bytes_of
-from rondo_serve.engine.engine import Engine, EngineSettings
+from rondo_serve.engine.bounds import EngineSettings, longest_context
+from rondo_serve.engine.engine import Engine
 from rondo_serve.policy import Limits, efforts_of
 from rondo_serve.requests import Ask, Event, Refused, Sampling, Token
 
@@ -66,30 +67,16 @@ def limits_of(config: ServeConfig, shape: RecurrentConfig) -> Limits:
 def context_of(config: ServeConfig, shape: RecurrentConfig) -> int:
     """Return how many tokens prompt and answer may have together.
 
-    Positions that are scaled by how long a text is would depend on who else is in the batch, so
-    such a model is served up to the length from which on it scales.
-
     Raises:
         UserError: More is asked for than the model takes.
     """
-    base = shape.base_config
-    most = shape.max_position_embeddings
-    for rope in _ropes(getattr(base, "rope_parameters", None) or {}):
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            most = min(most, rope.get("original_max_position_embeddings") or most)
+    most = longest_context(shape)
     if config.max_context and config.max_context > most:
         raise UserError(
             f"--max-context {config.max_context} is beyond the {most} tokens that the model takes "
             "here: lower it"
         )
     return config.max_context or most
-
-
-def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rotary embeddings of a config, which has one, or one for each kind of layer."""
-    if "rope_type" in parameters:
-        return [parameters]
-    return [one for one in parameters.values() if isinstance(one, dict)]
 
 
 def open_engine(config: ServeConfig) -> Opened:

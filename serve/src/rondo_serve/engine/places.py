@@ -54,11 +54,11 @@ class Places:
         shared = list(prefix.pages) if prefix else []
         pages.hold(shared)
         needed = self._arena.shape.pages_for(row.length - cached, row.depth)
-        while needed > pages.free and self._prefixes.evict():
-            pass
-        if needed > pages.free:
+        if needed > pages.free + self._prefixes.evictable:
             pages.release(shared)
             return False
+        while needed > pages.free:
+            self._prefixes.evict()
         row.tables = self._arena.take_tables(1 + row.depth, row.length)
         if prefix is not None:
             index = torch.tensor(row.tables, device=self._arena.tables.device)

@@ -5,7 +5,7 @@ few iterations there, and a shallower one a coda that ran on other states. So th
 whole of what decides them, and tokens are compared one by one, not by a hash alone.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -100,9 +100,10 @@ class Prefixes:
         return True
 
     @property
-    def pages(self) -> set[int]:
-        """The pages that are held here."""
-        return {page for prefix in self._kept for page in prefix.pages}
+    def evictable(self) -> int:
+        """Pages that would be free if nothing were kept: those that nobody else holds."""
+        held = Counter(page for prefix in self._kept for page in prefix.pages)
+        return sum(self._pages.holders(page) == count for page, count in held.items())
 
 
 def _starts(key: Hashable, tokens: Sequence[int]) -> Iterator[Hashable]:

@@ -82,6 +82,13 @@ class Flight:
         return rule is not None and rule.reads_logits and self.stop - self.start == 1
 
     @property
+    def iterations(self) -> list[int]:
+        """Iterations of each token so far."""
+        if self.looping is None or self.took is None:
+            return [self.iteration] * (self.stop - self.start)
+        return self.took.masked_fill(self.looping, self.iteration).tolist()
+
+    @property
     def places(self) -> range:
         """Places of its tokens in the row."""
         return range(self.start, self.stop)

@@ -130,7 +130,9 @@ class Arena:
     def __init__(self, shape: Shape, total: int, device: torch.device):
         self.shape = shape
         self.pages = Pages(total)
-        units = (total + 1) * shape.page_units
+        # A table's cells beyond its row may be of either kind, and are read along with the rest: an
+        # entry at the very end must have units behind it for whatever layer asks.
+        units = (total + 1) * shape.page_units + max(shape.num_once, shape.num_core)
         # Zeros, since memory as it is found might hold NaN, which no mask takes away.
         room = (units, shape.heads, shape.head_dim)
         self.keys = torch.zeros(room, dtype=shape.dtype, device=device)

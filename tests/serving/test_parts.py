@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rondo.errors import UserError
@@ -25,6 +25,7 @@ SHAPE = Shape(num_prelude=2, num_core=3, num_coda=1, heads=2, head_dim=4, dtype=
 # ---- pages and tables
 
 
+@example(once=4, core=2, tokens=32, depth=1)
 @given(
     once=st.integers(0, 30),
     core=st.integers(1, 30),

@@ -89,7 +89,6 @@ def server(checkpoint: Path, log: Path, *flags: str) -> Iterator[tuple[str, int]
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
             env=environment,
         )
         died, code = False, None

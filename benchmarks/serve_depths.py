@@ -23,9 +23,7 @@ their tokens are counted at the core's first layer, prompts included.
 
 import argparse
 import copy
-import datetime
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,12 +37,11 @@ import torch
 from eval_sweep import random_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from traffic import DEEPEST, SHALLOW, SHARES, Answer, Counts, Run, Traffic, page, report
+from traffic import DEEPEST, SHALLOW, SHARES, Answer, Counts, Run, Traffic, page, record, report
 from transformers import PreTrainedTokenizerFast
 
 from rondo.data import load_tokenizer
 from rondo.generation import load_recurrent
-from rondo.provenance import git_commit, hardware, versions, write_json
 from rondo_serve.engine.engine import Engine, EngineSettings, shape_of
 from rondo_serve.engine.passes import Passes
 from rondo_serve.engine.rows import Flight, Row
@@ -303,23 +300,9 @@ def main() -> None:
     model, tokenizer = load(flags)
     wanted = traffic(flags, model.config.vocab_size)
     found = report(in_turns(settings_of(model, tokenizer, flags), wanted, flags.rounds))
-    facts = {
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "arguments": vars(flags),
-        "requests by depth": {depth: wanted.depths.count(depth) for depth in SHARES},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "hardware": hardware(flags.device),
-        "versions": versions(),
-        "git": git_commit(),
-    }
-    text = page(facts, found)
-    print(text)
-    if flags.output_dir:
-        directory = Path(flags.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "serve_depths.json", {**facts, "found": found})
-        (directory / "serve_depths.md").write_text(text, encoding="utf-8")
+    found["requests by depth"] = {depth: wanted.depths.count(depth) for depth in SHARES}
+    found["dtype"] = str(model.dtype).removeprefix("torch.")
+    record("serve_depths", flags, flags.device, found, page)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 """What the benchmarks of serving share: what is asked, how it was answered, and its figures."""
 
+import argparse
+import datetime
 import itertools
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from rondo.provenance import git_commit, hardware, versions, write_json
 
 SHARES = {2: 50, 4: 30, 8: 15, 16: 5}
 SHALLOW, DEEPEST = min(SHARES), max(SHARES)
@@ -91,6 +97,39 @@ class Traffic:
 
 
 # ---- figures
+
+
+def record(
+    name: str,
+    flags: argparse.Namespace,
+    device: str,
+    found: dict[str, Any],
+    page: Callable[[dict[str, Any], dict[str, Any]], str],
+) -> None:
+    """Print the figures, and write them with what they were measured on.
+
+    Args:
+        name: Of the files.
+        flags: How it was measured; `output_dir` says where to write.
+        device: Where the model ran.
+        found: The figures.
+        page: Writes facts and figures as Markdown.
+    """
+    facts = {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "arguments": vars(flags),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "git": git_commit(),
+    }
+    text = page(facts, found)
+    print(text)
+    if flags.output_dir:
+        directory = Path(flags.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / f"{name}.json", {**facts, "found": found})
+        (directory / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -163,12 +163,11 @@ class Engine:
         pages = self.arena.pages
         with self._lock:
             held = {page for row in self._rows for page in row.pages}
-            used = pages.total - pages.free
             return Load(
                 waiting=len(self._waiting),
                 running=len(self._rows),
-                pages=used,
-                cached_pages=used - len(held),
+                pages=pages.total - pages.free,
+                cached_pages=len(self._places.prefix_pages - held),
                 total_pages=pages.total,
                 ticks=self.ticks,
                 core_tokens=self.passes.core_tokens,

@@ -27,6 +27,11 @@ class Places:
         self._arena, self._shares_prefixes, self._seeded = arena, shares_prefixes, seeded
         self._prefixes = Prefixes(arena.pages)
 
+    @property
+    def prefix_pages(self) -> set[int]:
+        """The pages that prefixes hold."""
+        return self._prefixes.pages
+
     def has_twin(self, row: Row, rows: Sequence[Row]) -> bool:
         """Return whether a row does better to wait for another that reads the same prompt."""
         if not (self._shares_prefixes and row.shares):

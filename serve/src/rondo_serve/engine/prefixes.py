@@ -100,6 +100,11 @@ class Prefixes:
         return True
 
     @property
+    def pages(self) -> set[int]:
+        """The pages that are held here; may be asked for from another thread."""
+        return {page for prefix in list(self._kept) for page in prefix.pages}
+
+    @property
     def evictable(self) -> int:
         """Pages that would be free if nothing were kept: those that nobody else holds."""
         held = Counter(page for prefix in self._kept for page in prefix.pages)

@@ -10,7 +10,6 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from rondo.config import ChatConfig
-from rondo.data import encode, load_tokenizer
+from rondo.data import common_length, encode, load_tokenizer
 from rondo.decoding import Decoding
 from rondo.errors import UserError
 from rondo.generation import (
@@ -100,12 +99,6 @@ def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # A chat template writes the beginning of the text itself.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two lists begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 class Interruption:

@@ -40,13 +40,18 @@ PASSED_ON = {
 ELSEWHERE = {"serve": "rondo-lm[serve]"}
 
 
-def commands() -> dict[str, tuple[type[config.Config], str]]:
-    """Return all verbs that there are: ours, and those that other distributions add.
+def plugins() -> dict[str, importlib.metadata.EntryPoint]:
+    """Return the verbs that other distributions add: entry points of the group `rondo.verbs`.
 
-    Each is an entry point of the group `rondo.verbs`: its settings, and what runs them.
+    Each leads to its settings, and to what runs them. None takes the place of a verb of ours.
     """
     points = importlib.metadata.entry_points(group="rondo.verbs")
-    return COMMANDS | {point.name: point.load() for point in points}
+    return {point.name: point for point in points if point.name not in COMMANDS}
+
+
+def commands() -> dict[str, tuple[type[config.Config], str]]:
+    """Return all verbs that there are."""
+    return COMMANDS | {name: point.load() for name, point in plugins().items()}
 
 
 def usage() -> str:
@@ -72,13 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(importlib.metadata.version("rondo-lm"))
         return 0
-    verb, verbs = argv[0], commands()
+    verb, added = argv[0], {} if argv[0] in COMMANDS else plugins()
+    verbs = [*COMMANDS, *added, *PASSED_ON]
     if verb not in verbs and verb in ELSEWHERE:
         told = f'{verb} is not installed: pip install "{ELSEWHERE[verb]}"'
         print(f"rondo: error: {told}", file=sys.stderr)
         return 2
-    if verb not in verbs and verb not in PASSED_ON:
-        close = difflib.get_close_matches(verb, [*verbs, *PASSED_ON], n=1)
+    if verb not in verbs:
+        close = difflib.get_close_matches(verb, verbs, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"rondo: error: there is no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
@@ -86,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb in PASSED_ON:
             pass_on(verb, argv[1:])
             return 0
-        cls, where = verbs[verb]
+        cls, where = COMMANDS[verb] if verb in COMMANDS else added[verb].load()
         settings = config.parse(cls, argv[1:], prog=f"rondo {verb}")
         quiet_libraries()
         load(where)(settings)

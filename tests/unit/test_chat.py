@@ -9,8 +9,9 @@ import torch
 
 from conftest import EOS, byte_tokenizer, recurrent
 from rondo import chat as chatting
-from rondo.chat import Chat, Interruption, changed, chat_decoding, chat_tokens, common_length
+from rondo.chat import Chat, Interruption, changed, chat_decoding, chat_tokens
 from rondo.config import ChatConfig
+from rondo.data import common_length
 from rondo.flops import costs_of
 from rondo.generation import Session, decode
 from rondo.memory import Holder

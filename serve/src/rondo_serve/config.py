@@ -1,6 +1,6 @@
 """Settings of `rondo serve`."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +10,8 @@ from rondo.config import Config
 Depth = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS: tuple[str, ...] = get_args(Effort)
 
 
 class ServeConfig(Config):
@@ -50,10 +51,11 @@ class ServeConfig(Config):
     """Tokens of prompt and answer together; what the model takes unless given."""
     max_choices: Count = 8
     """Most answers to one prompt (n)."""
-    tick_tokens: Count = 256
-    """Tokens that one iteration takes at most, of prompts and answers together."""
-    prompt_chunk: Count = 64
-    """Tokens of a prompt that enter at once, beside those that are decoded."""
+    tick_tokens: Count | None = None
+    """Tokens that one iteration takes at most, of prompts and answers together, but for a prompt
+    whose exit reads logits, which is read at once; 64 on a CPU, 512 elsewhere unless given."""
+    prompt_chunk: Count | None = None
+    """Tokens of a prompt that enter at once; half of the former unless given."""
     kv_memory: str | None = None
     """Memory for keys and values, as 4GB or 500MB; a share of what is free unless given."""
     prefix_cache: bool = True

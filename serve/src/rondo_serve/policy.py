@@ -11,14 +11,18 @@ class Policy(Protocol):
     """Who says what a request may spend."""
 
     def allow(self, ask: Ask, load: Load) -> int:
-        """Return the depth r that a request is given.
+        """Return the depth r that a request is given; called on the thread of whoever asks.
 
         Raises:
             Refused: It is given none.
         """
 
     def spent(self, ask: Ask, receipt: Receipt) -> None:
-        """Take note of what a request took, however it ended."""
+        """Take note of what a request took, once for each that was allowed, however it ended.
+
+        Called on the engine's thread; or, where the engine did not take a request that was
+        allowed, on that of whoever asked.
+        """
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rondo.modeling.exits_recurrent import ExitRule
+from rondo_serve.config import Effort
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Reason = Literal["stop", "length", "time", "shutdown", "cancelled", "error"]
 
 
@@ -47,6 +47,7 @@ class Sampling:
         top_p: Nucleus, in 0..1; 1 takes all.
         top_k: How many of the best are drawn from; 0 takes all.
         seed: Seed of the draws, and of a `normal` initial state.
+        repetition_penalty: Divides the odds of tokens that the text has already; 1 is none.
         logprobs: How many of the best tokens are told beside the chosen one; None tells none.
     """
 
@@ -54,6 +55,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    repetition_penalty: float = 1.0
     logprobs: int | None = None
 
 
@@ -109,7 +111,7 @@ class Receipt:
     """What an answer took.
 
     Attributes:
-        asked: Depth asked for, None if none was.
+        asked: Depth asked for, None if none was, or an effort.
         allowed: Depth r that the policy allowed: no token took more.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Those of them whose keys and values were there already.

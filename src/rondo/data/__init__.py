@@ -10,6 +10,7 @@ from rondo.data.sources import SAMPLES, parse_source, records
 from rondo.data.tokens import (
     beginning,
     check_tokenizer,
+    common_length,
     encode,
     load_tokenizer,
     packed_rows,
@@ -26,6 +27,7 @@ __all__ = [
     "TrainingRows",
     "beginning",
     "check_tokenizer",
+    "common_length",
     "encode",
     "held_out_rows",
     "load_tokenizer",

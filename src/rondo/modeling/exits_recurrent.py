@@ -133,7 +133,8 @@ def of_states(
     criterion: str, gate: nn.Module | None, now: torch.Tensor, before: torch.Tensor
 ) -> torch.Tensor:
     """Return a criterion (...) that reads states (..., D) of this iteration and the one before."""
-    if criterion == "gate" and gate is not None:
+    if criterion == "gate":
+        assert gate is not None, "whoever makes a rule checks that the model has a gate"
         return gate(now, before).exp()
     return state_distance(now, before)
 

@@ -19,6 +19,8 @@ import torch
 
 # Tokens in a page, of the kind of entry that needs more of it.
 PAGE_TOKENS = 16
+# Tokens by which tables grow.
+TABLE_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Shape:
 
 
 class Pages:
-    """Which pages are held, and by how many: those of a common prefix have several holders.
+    """Which pages are held: by rows, and by prefixes that are kept for others.
 
     Args:
         total: How many there are. Page 0 is never given: what nobody wants is read from there.
@@ -86,36 +88,48 @@ class Pages:
     def __init__(self, total: int):
         self.total = total
         self._free = list(range(total, 0, -1))
-        self._holders = [0] * (total + 1)
+        self._by_rows = [0] * (total + 1)
+        self._by_prefixes = [0] * (total + 1)
+        self._spare = 0
 
     @property
     def free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)
 
-    def holders(self, page: int) -> int:
-        """Return by how many a page is held."""
-        return self._holders[page]
+    @property
+    def spare(self) -> int:
+        """Pages that would be free if no prefix were kept."""
+        return self._spare
 
     def take(self, count: int) -> list[int]:
-        """Return pages that were free, held once."""
+        """Return pages that were free, held once by a row."""
         assert count <= len(self._free), "whoever takes pages has asked whether they are free"
         taken = [self._free.pop() for _ in range(count)]
         self.hold(taken)
         return taken
 
-    def hold(self, pages: Iterable[int]) -> None:
-        """Hold pages once more."""
+    def hold(self, pages: Iterable[int], prefix: bool = False) -> None:
+        """Hold pages once more, for a row or for a prefix."""
         for page in pages:
-            self._holders[page] += 1
+            self._count(page, prefix, 1)
 
-    def release(self, pages: Iterable[int]) -> None:
+    def release(self, pages: Iterable[int], prefix: bool = False) -> None:
         """Hold pages once less; those without a holder are free."""
         for page in pages:
-            self._holders[page] -= 1
-            assert self._holders[page] >= 0, f"page {page} is released by nobody"
-            if not self._holders[page]:
+            self._count(page, prefix, -1)
+            if not self._by_rows[page] and not self._by_prefixes[page]:
                 self._free.append(page)
+
+    def _count(self, page: int, prefix: bool, change: int) -> None:
+        self._spare -= self._is_spare(page)
+        holders = self._by_prefixes if prefix else self._by_rows
+        holders[page] += change
+        assert holders[page] >= 0, f"page {page} is released by nobody"
+        self._spare += self._is_spare(page)
+
+    def _is_spare(self, page: int) -> bool:
+        return bool(self._by_prefixes[page]) and not self._by_rows[page]
 
 
 class Arena:
@@ -130,14 +144,12 @@ class Arena:
     def __init__(self, shape: Shape, total: int, device: torch.device):
         self.shape = shape
         self.pages = Pages(total)
-        # A table's cells beyond its row may be of either kind, and are read along with the rest: an
-        # entry at the very end must have units behind it for whatever layer asks.
-        units = (total + 1) * shape.page_units + max(shape.num_once, shape.num_core)
-        # Zeros, since memory as it is found might hold NaN, which no mask takes away.
+        units = (total + 1) * shape.page_units
+        # Zeros: page 0 is read where a row has no token, and no mask takes NaN away.
         room = (units, shape.heads, shape.head_dim)
         self.keys = torch.zeros(room, dtype=shape.dtype, device=device)
         self.values = torch.zeros(room, dtype=shape.dtype, device=device)
-        self.tables = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self.tables = torch.zeros(0, 0, dtype=torch.int32, device=device)
         self._free_tables: list[int] = []
 
     def take_tables(self, count: int, length: int) -> list[int]:
@@ -149,9 +161,9 @@ class Arena:
         """
         height, width = self.tables.shape
         if (missing := count - len(self._free_tables)) > 0 or length > width:
-            # Twice as many as there were, so that they are copied a few times only.
-            more = max(missing, height) if missing > 0 else 0
-            wider = max(0, length - width, width if length > width else 0)
+            # Somewhat more than is missing, so that they are copied a few times only.
+            more = max(missing, height // 4) if missing > 0 else 0
+            wider = -(-max(0, length - width) // TABLE_STEP) * TABLE_STEP
             self.tables = torch.nn.functional.pad(self.tables, (0, wider, 0, more))
             self._free_tables += range(height + more - 1, height - 1, -1)
         return [self._free_tables.pop() for _ in range(count)]
@@ -177,7 +189,7 @@ class Arena:
             within = torch.arange(self.shape.tokens_per_page(core), device=device)
             entries = first * self.shape.page_units + within * self.shape.entry_units(core)
             index = torch.tensor(numbers, device=device)
-            self.tables[index, start:stop] = entries.flatten(1)[:, :count]
+            self.tables[index, start:stop] = entries.flatten(1)[:, :count].int()
         return taken
 
     def lend(self, tables: Sequence[int], places: torch.Tensor, iteration: int) -> None:

@@ -117,6 +117,8 @@ def _check_values(ask: Ask, vocab_size: int) -> None:
         )
     if not 0 <= sampling.top_p <= 1 or sampling.top_k < 0:
         raise Refused("top_p must lie in 0..1, and top_k must not be negative", "top_p")
+    if not 0 < sampling.repetition_penalty < math.inf:
+        raise Refused("repetition_penalty must be above 0", "repetition_penalty")
     if not 0 <= sampling.seed < 2**63:
         raise Refused("seed must be a whole number below 2 ** 63", "seed")
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= vocab_size:

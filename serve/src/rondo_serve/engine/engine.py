@@ -33,6 +33,7 @@ from rondo_serve.requests import (
     Finished,
     Load,
     Reason,
+    Receipt,
     Refused,
     Token,
 )
@@ -120,6 +121,14 @@ class Engine:
             Closed: The engine shuts down or has failed.
         """
         depth = self._policy.allow(ask, self.load())
+        try:
+            self._take(ask, depth, deliver)
+        except (Refused, Busy, Closed):
+            self._policy.spent(ask, Receipt(ask.num_recurrences, depth, len(ask.prompt)))
+            raise
+        return depth
+
+    def _take(self, ask: Ask, depth: int, deliver: Deliver) -> None:
         check(ask, depth, self._model.config, self.settings, self.arena)
         row = Row(
             ask=ask,
@@ -135,10 +144,10 @@ class Engine:
             if self._closing is not None or self.failure is not None:
                 raise Closed(self.failure or "the server is shutting down")
             if len(self._waiting) >= self.settings.max_queue + self._vacant:
-                raise Busy(max(1.0, self._interval * (len(self._waiting) + 1)))
+                wait = self._interval * (len(self._waiting) + 1)
+                raise Busy(min(max(1.0, wait), self.settings.max_seconds))
             self._waiting.append(row)
             self._lock.notify()
-        return depth
 
     def cancel(self, id: str) -> None:
         """Stop a request at the next iteration; it still gets its `Finished`."""
@@ -152,22 +161,20 @@ class Engine:
             until = time.monotonic() + grace
             self._closing = until if self._closing is None else min(self._closing, until)
             self._lock.notify()
-            waiting = list(self._waiting) if self._thread is None else []
-        for row in waiting:
-            self._end(row, "shutdown")
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._give_up("shutdown")
 
     def load(self) -> Load:
         """Return how busy the engine is."""
         pages = self.arena.pages
         with self._lock:
-            held = {page for row in self._rows for page in row.pages}
             return Load(
                 waiting=len(self._waiting),
                 running=len(self._rows),
                 pages=pages.total - pages.free,
-                cached_pages=len(self._places.prefix_pages - held),
+                cached_pages=pages.spare,
                 total_pages=pages.total,
                 ticks=self.ticks,
                 core_tokens=self.passes.core_tokens,
@@ -180,35 +187,46 @@ class Engine:
     # ---- on the engine's thread
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                while not (self._waiting or self._rows or self._closing is not None):
-                    self._lock.wait()
-                if self._closing is not None and not (self._waiting or self._rows):
-                    return
-            self._tick_safely()
-            if self.failure is not None:
-                return
+        try:
+            while self._wait():
+                self._tick_safely()
+        except Exception as error:  # the thread's end, which nobody else would tell of
+            self._fail(error)
+
+    def _wait(self) -> bool:
+        """Wait for something to do; return whether there is anything more to come."""
+        with self._lock:
+            while not (self._waiting or self._rows or self._closing is not None):
+                self._lock.wait()
+                self._finished_at = None  # or idle time would count as slowness
+            return self.failure is None and bool(self._waiting or self._rows)
 
     def _tick_safely(self) -> None:
         try:
             if not self.tick():
                 time.sleep(0.001)  # what waits does not fit yet, which no row can change
-        except Exception as error:  # the process's boundary: others must not fall with one
+        except Exception as error:  # the process's boundary: one failure must not end the server
             log.exception("a tick failed")
             self._failures += 1
-            self._give_up_rows()
+            for row in list(self._rows):
+                self._end(row, "error")
+            self._places.forget_prefixes()
             if self._failures >= MOST_FAILURES:
-                with self._lock:
-                    self.failure = f"the engine failed: {' '.join(str(error).split())}"
-                    waiting, self._waiting = list(self._waiting), deque()
-                for row in waiting:
-                    self._end(row, "error")
+                self._fail(error)
 
-    def _give_up_rows(self) -> None:
-        for row in list(self._rows):
-            self._end(row, "error")
-        self._places.forget_prefixes()
+    def _fail(self, error: Exception) -> None:
+        log.error("the engine gives up")
+        with self._lock:
+            self.failure = f"the engine failed: {' '.join(str(error).split())}"
+        self._give_up("error")
+
+    def _give_up(self, reason: Reason) -> None:
+        """End whatever waits or is in flight."""
+        with self._lock:
+            rows = [*self._waiting, *self._rows]
+            self._waiting.clear()
+        for row in rows:
+            self._end(row, reason)
 
     @torch.inference_mode()
     def tick(self) -> bool:
@@ -253,16 +271,28 @@ class Engine:
         """Take rows out of the queue while there is room."""
         while self._vacant:
             with self._lock:
-                row = schedule.next_admitted(
-                    self._waiting, self.settings.favour, time.monotonic(), self._waits_for_twin
-                )
-            if row is None or not self._places.give(row):
+                waiting = list(self._waiting)
+            row = schedule.next_admitted(
+                waiting, self.settings.favour, time.monotonic(), self._waits_for_twin
+            )
+            if row is None or not self._is_placed(row):
                 return
-            row.admitted_at = time.monotonic()
             with self._lock:
-                # It may have been cancelled meanwhile, which the next tick sees.
                 self._waiting.remove(row)
                 self._rows.append(row)
+
+    def _is_placed(self, row: Row) -> bool:
+        """Give a row its memory if there is so much; a row for which that fails is ended."""
+        try:
+            placed = self._places.give(row)
+        except Exception:  # what is wrong with one row must not end the others
+            log.exception("a request could not be placed")
+            with self._lock:
+                self._waiting.remove(row)
+            self._end(row, "error")
+            return False
+        row.admitted_at = time.monotonic()
+        return placed
 
     def _waits_for_twin(self, row: Row) -> bool:
         return self._places.has_twin(row, self._rows)
@@ -325,15 +355,17 @@ class Engine:
         took = flight.iterations
         self._bill(flight, took)
         row.flight, row.read = None, flight.stop
-        if flight.stop == len(row.ask.prompt):
+        if flight.is_prompt:
             self._places.keep(row)
         if logits is None or not flight.is_last:
             return
         try:
-            self._append(row, took[-1], logits[-1])
+            reason = self._append(row, took[-1], logits[-1])
         except Exception:  # what is wrong with one row must not end the others
             log.exception("a token could not be chosen")
-            self._end(row, "error")
+            reason = "error"
+        if reason is not None:
+            self._end(row, reason)
 
     def _bill(self, flight: Flight, took: list[int]) -> None:
         """Count what a flight took; its tokens attend to all of the row so far."""
@@ -349,8 +381,8 @@ class Engine:
         headless = (count - flight.is_last) * 2 * costs.head_matmul
         row.flops += (count - answered) * finish - headless
 
-    def _append(self, row: Row, recurrences: int, logits_V: torch.Tensor) -> None:
-        """Choose the next token of a row, tell it, and end the row if it is the last."""
+    def _append(self, row: Row, recurrences: int, logits_V: torch.Tensor) -> Reason | None:
+        """Choose the next token of a row and tell it; return why it ends, None if it does not."""
         token = sampling.pick(row.picker, row.generator, row.tokens, logits_V)
         row.tokens.append(token)
         row.depths[recurrences] += 1
@@ -362,9 +394,9 @@ class Engine:
             event = replace(event, logprob=logprob, top=top)
         self._tell(row, event)
         if ends or row.writer.stopped:
-            self._end(row, "stop")
-        elif len(row.tokens) - len(row.ask.prompt) == row.ask.max_new_tokens:
-            self._end(row, "length")
+            return "stop"
+        full = len(row.tokens) - len(row.ask.prompt) == row.ask.max_new_tokens
+        return "length" if full else None
 
     def _tell(self, row: Row, event: Event) -> None:
         """Deliver an event; whoever cannot take it does not want the rest."""
@@ -377,14 +409,14 @@ class Engine:
     def _end(self, row: Row, reason: Reason) -> None:
         """End a row, and give back what it holds."""
         with self._lock:
+            self._cancelled.discard(row.ask.id)
             if row in self._rows:
                 self._rows.remove(row)
         if row.flight is not None:
             self._bill(row.flight, row.flight.iterations)
-        if row.tables:
-            if reason in ("stop", "length") and row.read > len(row.ask.prompt):
-                self._places.keep(row)
-            self._places.take_back(row)
+        if row.tables and reason in ("stop", "length"):
+            self._places.keep(row)
+        self._places.take_back(row)
         now = time.monotonic()
         if self._finished_at is not None:
             self._interval += 0.1 * (now - self._finished_at - self._interval)
@@ -393,7 +425,10 @@ class Engine:
             self._failures = 0
         receipt = row.receipt(now)
         self._tell(row, Finished(reason, row.writer.finish(), receipt))
-        self._policy.spent(row.ask, receipt)
+        try:
+            self._policy.spent(row.ask, receipt)
+        except Exception:  # foreign code, which must not end the others' tick
+            log.exception("the policy could not take note of a request")
 
 
 def shape_of(model: Any) -> Shape:

@@ -22,6 +22,8 @@ from rondo_serve.requests import Ask, Event, Refused, Sampling, Token
 # Part of what is free that keys and values may take, unless told: on a GPU the process has it for
 # itself, elsewhere others live there too.
 KV_SHARE = {"cuda": 0.85, "cpu": 0.25}
+# A CPU is busy with few tokens already, and more make the tick longer for all.
+TICK_TOKENS = {"cuda": 512, "cpu": 64}
 # A prompt on which the engine is held against the plain model before it serves anyone.
 PROOF_TOKENS, PROOF_NEW = 12, 3
 PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float64: 1e-9}
@@ -97,13 +99,14 @@ def open_engine(config: ServeConfig) -> Opened:
     model = session.model
     free = free_memory(model.device)
     kv_bytes = kv_bytes_of(config.kv_memory, free, model.device)
+    tick_tokens = config.tick_tokens or TICK_TOKENS.get(model.device.type, TICK_TOKENS["cpu"])
     settings = EngineSettings(
         kv_bytes=kv_bytes,
         max_context=context,
         max_running=config.max_running,
         max_queue=config.max_queue,
-        tick_tokens=config.tick_tokens,
-        prompt_chunk=config.prompt_chunk,
+        tick_tokens=tick_tokens,
+        prompt_chunk=min(config.prompt_chunk or max(1, tick_tokens // 2), tick_tokens),
         prefix_cache=config.prefix_cache,
         favour=config.favour,
         max_seconds=config.max_seconds,

@@ -38,7 +38,6 @@ class Passes:
         self._prelude = slice(0, first)
         self._core = slice(first, first + config.num_core_layers)
         self._coda = slice(first + config.num_core_layers, config.num_hidden_layers)
-        self.core_calls = 0
         self.core_tokens = 0
 
     @property
@@ -76,7 +75,6 @@ class Passes:
                 index = delta_index(self.model.config, alike[0].iteration + 1, self.device)
                 inputs = inputs.also(delta_index=index)
             moved = self._body.run(self._core, self._body.injection(s_1ND, e_1ND), inputs, batch)
-            self.core_calls += 1
             self.core_tokens += moved.shape[1]
             sizes = [len(places) for _, places, _ in parts]
             for (one, _, _), state in zip(parts, moved[0].split(sizes), strict=True):
@@ -129,11 +127,16 @@ class Passes:
         for (several, _), alike in groupby(parts, key=_kind):
             for some in [[one] for one in alike] if several else [list(alike)]:
                 stop = start + sum(len(taking) for _, taking, _ in some)
-                longest = max(one.stop for one, _, _ in some)
-                read = tables[[table for _, _, table in some], :longest]
+                stops = torch.tensor([one.stop for one, _, _ in some], device=self.device)
+                read = tables[[table for _, _, table in some], : int(stops.max())]
+                if len(some) > 1:
+                    # Beyond its own end a row reads nobody's entry: a mask hides what another's
+                    # holds, unless that is NaN.
+                    beyond = torch.arange(read.shape[1], device=self.device) >= stops[:, None]
+                    read = read.masked_fill(beyond, 0)
                 groups.append(Group(start, places[start:stop].view(len(some), -1), read))
                 start = stop
-        write = tables[owners, places]
+        write = tables[owners, places].long()
         batch = Batch(self._arena, write, groups, self._attention)
         body, positions = self._body, places[None]
         if body.rotary_by_type:

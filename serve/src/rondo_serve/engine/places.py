@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rondo.chat import common_length
+from rondo.data import common_length
 from rondo_serve.engine.arena import Arena
 from rondo_serve.engine.prefixes import STRIDE, Prefix, Prefixes
 from rondo_serve.engine.rows import Row
@@ -26,11 +26,6 @@ class Places:
     def __init__(self, arena: Arena, shares_prefixes: bool, seeded: bool):
         self._arena, self._shares_prefixes, self._seeded = arena, shares_prefixes, seeded
         self._prefixes = Prefixes(arena.pages)
-
-    @property
-    def prefix_pages(self) -> set[int]:
-        """The pages that prefixes hold."""
-        return self._prefixes.pages
 
     def has_twin(self, row: Row, rows: Sequence[Row]) -> bool:
         """Return whether a row does better to wait for another that reads the same prompt."""
@@ -59,11 +54,12 @@ class Places:
         shared = list(prefix.pages) if prefix else []
         pages.hold(shared)
         needed = self._arena.shape.pages_for(row.length - cached, row.depth)
-        if needed > pages.free + self._prefixes.evictable:
+        if needed > pages.free + pages.spare:
             pages.release(shared)
             return False
         while needed > pages.free:
             self._prefixes.evict()
+        row.pages = shared
         row.tables = self._arena.take_tables(1 + row.depth, row.length)
         if prefix is not None:
             index = torch.tensor(row.tables, device=self._arena.tables.device)
@@ -76,19 +72,16 @@ class Places:
         """Let others take what a row has read."""
         if not (self._shares_prefixes and row.shares):
             return
-        if row.prefix is not None:
-            self._prefixes.drop(row.prefix)
         index = torch.tensor(row.tables, device=self._arena.tables.device)
         tables = self._arena.tables[index, : row.read].clone()
         pages = (tables // self._arena.shape.page_units).unique().tolist()
-        row.prefix = self._prefixes.keep(
-            row.key(self._seeded), row.tokens[: row.read], tables, pages
-        )
+        self._prefixes.keep(row.key(self._seeded), row.tokens[: row.read], tables, pages)
 
     def take_back(self, row: Row) -> None:
         """Free what a row has, but for what others hold."""
         self._arena.pages.release(row.pages)
         self._arena.return_tables(row.tables)
+        row.pages, row.tables = [], []
 
     def forget_prefixes(self) -> None:
         """Keep no prefix any longer."""

@@ -5,13 +5,13 @@ few iterations there, and a shallower one a coda that ran on other states. So th
 whole of what decides them, and tokens are compared one by one, not by a hash alone.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rondo.chat import common_length
+from rondo.data import common_length
 from rondo_serve.engine.arena import Pages
 
 # A prefix is found by its first tokens up to a multiple of this.
@@ -44,13 +44,15 @@ class Prefixes:
 
     def __init__(self, pages: Pages):
         self._pages = pages
-        self._by_start: dict[Hashable, Prefix] = {}
+        self._by_start: dict[Hashable, list[Prefix]] = {}
         self._kept: OrderedDict[Prefix, None] = OrderedDict()
 
     def keep(
         self, key: Hashable, tokens: Sequence[int], tables: torch.Tensor, pages: Sequence[int]
-    ) -> Prefix | None:
-        """Keep a prefix, and hold its pages once more; None where it is too short to be found.
+    ) -> None:
+        """Keep a prefix and hold its pages, in place of those that it goes on from.
+
+        One that is too short to be found is not kept.
 
         Args:
             key: What decides keys and values beside the tokens.
@@ -59,13 +61,16 @@ class Prefixes:
             pages: The pages that its entries lie in.
         """
         if len(tokens) < STRIDE:
-            return None
+            return
         prefix = Prefix(key, tuple(tokens), tables, tuple(pages))
-        self._pages.hold(prefix.pages)
+        starts = list(_starts(key, prefix.tokens))
+        for shorter in {one for start in starts for one in self._by_start.get(start, ())}:
+            if common_length(shorter.tokens, prefix.tokens) == len(shorter.tokens):
+                self._drop(shorter)
+        self._pages.hold(prefix.pages, prefix=True)
         self._kept[prefix] = None
-        for start in _starts(key, prefix.tokens):
-            self._by_start[start] = prefix
-        return prefix
+        for start in starts:
+            self._by_start.setdefault(start, []).append(prefix)
 
     def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[Prefix, int] | None:
         """Return the prefix with the most of these tokens, and how many; None if there is none.
@@ -73,42 +78,31 @@ class Prefixes:
         The last token is never among them: its logits are wanted.
         """
         for start in reversed(list(_starts(key, tokens[:-1]))):
-            prefix = self._by_start.get(start)
-            if prefix is None or prefix not in self._kept:
-                continue
-            same = common_length(prefix.tokens, tokens[:-1])
-            if same >= STRIDE:
+            found = [
+                (common_length(one.tokens, tokens[:-1]), one)
+                for one in self._by_start.get(start, ())
+            ]
+            same, prefix = max(found, key=lambda one: one[0], default=(0, None))
+            if prefix is not None and same >= STRIDE:
                 self._kept.move_to_end(prefix)
                 return prefix, same
         return None
 
-    def drop(self, prefix: Prefix) -> None:
-        """Keep a prefix no longer, if it is kept at all."""
-        if prefix not in self._kept:
-            return
+    def _drop(self, prefix: Prefix) -> None:
         del self._kept[prefix]
-        self._pages.release(prefix.pages)
+        self._pages.release(prefix.pages, prefix=True)
         for start in _starts(prefix.key, prefix.tokens):
-            if self._by_start.get(start) is prefix:
+            alike = self._by_start[start]
+            alike.remove(prefix)
+            if not alike:
                 del self._by_start[start]
 
     def evict(self) -> bool:
         """Drop the prefix that was not used for longest; return whether there was any."""
         if not self._kept:
             return False
-        self.drop(next(iter(self._kept)))
+        self._drop(next(iter(self._kept)))
         return True
-
-    @property
-    def pages(self) -> set[int]:
-        """The pages that are held here; may be asked for from another thread."""
-        return {page for prefix in list(self._kept) for page in prefix.pages}
-
-    @property
-    def evictable(self) -> int:
-        """Pages that would be free if nothing were kept: those that nobody else holds."""
-        held = Counter(page for prefix in self._kept for page in prefix.pages)
-        return sum(self._pages.holders(page) == count for page, count in held.items())
 
 
 def _starts(key: Hashable, tokens: Sequence[int]) -> Iterator[Hashable]:

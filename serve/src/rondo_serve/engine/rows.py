@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from rondo.modeling.exits_recurrent import UNCHECKED, ExitRule
-from rondo_serve.engine.prefixes import Prefix
 from rondo_serve.requests import Ask, Deliver, Receipt
 from rondo_serve.text import Writer
 
@@ -166,7 +165,6 @@ class Row:
         tables: Its tables in the arena.
         pages: Pages it holds.
         flight: Its tokens in the loop.
-        prefix: What others may take of it.
         depths: How many tokens of the answer took how many iterations.
         iterations: Iterations of all tokens that were read.
         flops: FLOPs executed.
@@ -187,7 +185,6 @@ class Row:
     tables: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     flight: Flight | None = None
-    prefix: Prefix | None = None
     depths: Counter[int] = field(default_factory=Counter)
     iterations: int = 0
     flops: float = 0.0

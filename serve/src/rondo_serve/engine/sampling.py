@@ -6,6 +6,7 @@ Shapes: V vocabulary.
 import torch
 from transformers import (
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -18,14 +19,16 @@ from rondo_serve.requests import Sampling
 def picker_of(sampling: Sampling) -> Picker:
     """Return what chooses tokens, its processors in the order in which transformers has them."""
     processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
     if not sampling.temperature:
         return Picker(processors, samples=False)
     if sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
     return Picker(processors, samples=True)
 
 
@@ -40,7 +43,7 @@ def pick(
     picker: Picker, generator: torch.Generator | None, tokens: list[int], logits_V: torch.Tensor
 ) -> int:
     """Return the token that follows others."""
-    if not picker.samples:
+    if not picker.processors and not picker.samples:
         return int(logits_V.argmax())
     ids = torch.tensor([tokens], device=logits_V.device)
     return int(picker.draw(picker.scores(ids, logits_V[None]), generator))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rondo.errors import UserError
@@ -25,7 +25,6 @@ SHAPE = Shape(num_prelude=2, num_core=3, num_coda=1, heads=2, head_dim=4, dtype=
 # ---- pages and tables
 
 
-@example(once=4, core=2, tokens=32, depth=1)
 @given(
     once=st.integers(0, 30),
     core=st.integers(1, 30),
@@ -48,21 +47,23 @@ def test_rows_fill_as_many_pages_as_were_told_and_share_no_entry(
             units += (entries[:, None] + torch.arange(size)).flatten().tolist()
     assert arena.pages.free == 0
     assert len(set(units)) == len(units)
-    # Page 0 is nobody's, and no entry reaches beyond the memory, whatever layer asks: cells beyond
-    # a row's end hold what the table was used for before.
+    # Page 0 is nobody's, and no entry reaches beyond the memory.
     assert not units or min(units) >= shape.page_units
-    behind = max(shape.num_once, shape.num_core)
-    assert int(arena.tables.max()) + behind <= len(arena.keys)
+    assert not units or max(units) < len(arena.keys)
 
 
 def test_a_page_is_free_once_its_last_holder_has_released_it() -> None:
     pages = Pages(3)
     taken = pages.take(2)
-    pages.hold(taken[:1])
+    pages.hold(taken[:1], prefix=True)
+    assert (pages.free, pages.spare) == (1, 0)
     pages.release(taken)
-    assert pages.free == 2
+    assert (pages.free, pages.spare) == (2, 1)
+    pages.hold(taken[:1])
+    assert pages.spare == 0
     pages.release(taken[:1])
-    assert pages.free == 3
+    pages.release(taken[:1], prefix=True)
+    assert (pages.free, pages.spare) == (3, 0)
     with pytest.raises(AssertionError, match="released by nobody"):
         pages.release(taken[:1])
 
@@ -130,6 +131,31 @@ def test_the_prefix_that_was_used_last_stays_longest() -> None:
         assert prefixes.find(gone, range(30)) is None
     assert pages.free == 9
     assert not prefixes.evict()
+
+
+def test_a_prefix_takes_the_place_of_those_that_it_goes_on_from() -> None:
+    pages = Pages(9)
+    prefixes = Prefixes(pages)
+    for length in (20, 20, 33, 40):
+        taken = pages.take(2)
+        prefixes.keep("a", range(length), torch.zeros(1, length), taken)
+        pages.release(taken)
+        assert pages.free == 7
+    found = prefixes.find("a", range(50))
+    assert found is not None
+    assert found[1] == 40
+
+
+def test_a_prefix_is_found_again_after_one_that_began_alike_is_gone() -> None:
+    prefixes = Prefixes(Pages(9))
+    longer, other = [*range(48)], [*range(20), *range(90, 100)]
+    prefixes.keep("a", longer, torch.zeros(1, 48), [])
+    prefixes.keep("a", other, torch.zeros(1, 30), [])
+    prefixes.find("a", longer)  # so that the other goes first
+    prefixes.evict()
+    found = prefixes.find("a", [*range(40), 7])
+    assert found is not None
+    assert found[1] == 40
 
 
 # ---- who goes next

@@ -41,8 +41,8 @@ def ready(rows: Sequence[Row], phase: int, lockstep: bool) -> list[Row]:
 
     Prelude and coda read their weights whether one row passes them or many. So rows start together
     where that delays nobody for long: in every second, third or fourth tick if that divides all
-    the depths in flight, by which, unless it is left out, each is done when it may start anew. Tokens that leave when they
-    like let nobody plan.
+    the depths in flight, by which, unless it is left out, each is done when it may start anew.
+    Tokens that leave when they like let nobody plan.
 
     Args:
         rows: Those in flight, whose prompts are read.

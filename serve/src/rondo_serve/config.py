@@ -67,7 +67,7 @@ class ServeConfig(Config):
     max_body: Count = 1_000_000
     """Most bytes of a request."""
     max_connections: Count = 1024
-    """Connections at once; more are answered 503."""
+    """Questions at once; more are answered 503."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask, as https://example.org; none unless given."""
     log_prompts: bool = False

@@ -1,7 +1,8 @@
 """A checkpoint and settings made into an engine, after everything that can be refused."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,12 @@ def open_engine(config: ServeConfig) -> Opened:
         favour=config.favour,
         max_seconds=config.max_seconds,
     )
-    plain = plain_logits(model, policy.default)
+    plain = {depth: plain_logits(model, depth) for depth in {policy.floor, policy.default}}
     try:
         engine = Engine(model, tokenizer, policy, settings, session.ends)
+        prove(engine, plain)
     except Refused as error:
-        raise UserError(f"{config.model} cannot be served: {error}") from error
-    prove(engine, plain, policy.default)
+        raise UserError(f"{config.model} cannot be served so: {error}") from error
     return Opened(engine, tokenizer, shape, policy, tuple(told(engine, policy)))
 
 
@@ -175,23 +176,30 @@ def plain_logits(model: Any, depth: int) -> torch.Tensor:
     return output.logits[0].float()
 
 
-def prove(engine: Engine, plain: torch.Tensor, depth: int) -> None:
-    """Hold the engine's log-probabilities of a few tokens against the model's own.
+def prove(engine: Engine, plain: Mapping[int, torch.Tensor]) -> None:
+    """Hold the engine's log-probabilities of a few texts in one batch against the model's own.
+
+    Args:
+        engine: The engine, which does not run yet.
+        plain: The model's logits of the proof's text, (tokens, V), by depth.
 
     Raises:
         ProofError: They differ by more than rounding.
+        Refused: The engine cannot take such texts.
     """
-    ids = proof_text(plain.shape[1])
-    expected = plain.log_softmax(-1)
-    for count in range(PROOF_TOKENS, PROOF_TOKENS + PROOF_NEW):
-        events: list[Event] = []
-        sampling = Sampling(logprobs=1)
-        ask = Ask(f"proof-{count}", tuple(ids[:count]), 1, num_recurrences=depth, sampling=sampling)
-        engine.submit(ask, events.append)
-        while engine.tick():
-            pass
+    limit = PROOF_TOLERANCE.get(engine.shape.dtype, PROOF_TOLERANCE[torch.bfloat16])
+    told: dict[tuple[int, int], list[Event]] = {}
+    for depth, logits in plain.items():
+        ids = proof_text(logits.shape[1])
+        for count in range(PROOF_TOKENS, len(ids)):
+            events = told[depth, count] = []
+            ask = Ask(f"proof-{depth}-{count}", tuple(ids[:count]), 1, depth)
+            engine.submit(replace(ask, sampling=Sampling(logprobs=0)), events.append)
+    while engine.tick():
+        pass
+    for (depth, count), events in told.items():
+        expected = plain[depth][count - 1].log_softmax(-1)
         tokens = [event for event in events if isinstance(event, Token)]
         found = tokens[0].logprob if tokens else None
-        limit = PROOF_TOLERANCE.get(engine.shape.dtype, 0.25)
-        if found is None or abs(found - float(expected[count - 1, tokens[0].token])) > limit:
+        if found is None or not abs(found - float(expected[tokens[0].token])) <= limit:
             raise ProofError("the engine does not answer as the model does: do not serve it")

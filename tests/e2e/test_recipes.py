@@ -11,7 +11,7 @@ import pytest
 from tiny import json_of, rondo, save_parent
 from transformers import AutoConfig
 
-from rondo.cli import COMMANDS, PASSED_ON
+from rondo.cli import PASSED_ON, commands
 from rondo.config import Config, ConvertConfig, TrainConfig, command_line, load_yaml, parse
 from rondo.convert import plan as convert_plan
 from rondo.convert.source import Source
@@ -74,7 +74,7 @@ def test_commands_that_are_shown_can_be_given(path: Path, monkeypatch: pytest.Mo
         verb, *words = shlex.split(LAUNCH.sub("", line))
         if verb in PASSED_ON:
             continue
-        config = parse(COMMANDS[verb][0], words, prog="rondo")
+        config = parse(commands()[verb][0], words, prog="rondo")
         assert command_line(config).startswith(f"rondo {verb} ")
 
 

@@ -25,6 +25,7 @@ RULES = {"kl": {"0.5%": TOLD | {"criterion": "kl"}}}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 TEXT = {"prompt": "hello"}
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+OWN = "http://localhost"
 ANSWER = "Two and two.!"
 
 
@@ -48,7 +49,7 @@ def app_of(script: Script | None = None, **settings: Any) -> Any:
 
 def client_of(script: Script | None = None, **settings: Any) -> TestClient:
     app = app_of(script, **settings)
-    client = TestClient(app, raise_server_exceptions=False)
+    client = TestClient(app, base_url=OWN, raise_server_exceptions=False)
     client.engine = app.state.service.engine  # type: ignore[attr-defined]
     return client
 
@@ -57,7 +58,7 @@ def client_of(script: Script | None = None, **settings: Any) -> TestClient:
 def served(app: Any) -> Iterator[str]:
     """Serve an app on a free port of loopback."""
     with serve.bound("127.0.0.1", 0) as listener:
-        settings = uvicorn.Config(app, log_config=None, log_level="error", lifespan="on")
+        settings = uvicorn.Config(app, log_config=None, log_level="error", lifespan="off")
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_engine import Script
-from fake_server import ANSWER, CHAT, COMPLETE, HELLO, TEXT, app_of, chunks_of, client_of, error_of
+from fake_server import ANSWER, CHAT, COMPLETE, HELLO, OWN, TEXT, app_of, chunks_of, client_of, error_of
 from starlette.testclient import TestClient
 
 from conftest import byte_tokenizer
@@ -382,7 +382,7 @@ def test_paths_methods_and_models_that_are_not_there() -> None:
 def test_a_chat_template_that_refuses_is_a_mistake_of_the_request() -> None:
     app = app_of()
     app.state.service.asker.tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
-    error = error_of(TestClient(app).post(CHAT, json=HELLO), 400)
+    error = error_of(TestClient(app, base_url=OWN).post(CHAT, json=HELLO), 400)
     assert "only one turn" in error["message"]
 
 

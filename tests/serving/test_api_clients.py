@@ -86,7 +86,7 @@ def unread(url: str) -> Iterator[None]:
     """A stream that is asked for and never read."""
     with socket.create_connection(address_of(url)) as slow:
         raw = json.dumps(TEXT | {"stream": True, "max_tokens": 250}).encode()
-        head = f"POST {COMPLETE} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(raw)}\r\n\r\n"
+        head = f"POST {COMPLETE} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n"
         slow.sendall(head.encode() + raw)
         yield
 
@@ -103,7 +103,7 @@ def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
 
 def test_a_client_that_sends_too_much_can_read_the_answer() -> None:
     with served(app_of(max_body=100_000)) as url, socket.create_connection(address_of(url)) as big:
-        head = f"POST {COMPLETE} HTTP/1.1\r\nhost: a\r\ncontent-length: 700000\r\n\r\n"
+        head = f"POST {COMPLETE} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 700000\r\n\r\n"
         big.sendall(head.encode())
         for _ in range(7):
             big.sendall(b"a" * 100_000)
@@ -114,7 +114,7 @@ def test_a_client_that_sends_too_much_can_read_the_answer() -> None:
 def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "SECONDS", 0.1)
     with served(app_of()) as url, socket.create_connection(address_of(url)) as slow:
-        head = f"POST {COMPLETE} HTTP/1.1\r\nhost: a\r\ncontent-length: 50\r\n\r\n"
+        head = f"POST {COMPLETE} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n"
         slow.sendall(head.encode() + b'{"prompt"')
         slow.settimeout(5)
         answer = b""
@@ -147,7 +147,7 @@ def test_pages_of_other_origins_are_refused_unless_named() -> None:
     client = client_of()
     error_of(client.post(CHAT, json=HELLO, headers=stranger), 403)
     error_of(client.post(CHAT, json=HELLO, headers={"origin": "null"}), 403)
-    own = client.post(CHAT, json=HELLO, headers={"origin": "http://testserver"})
+    own = client.post(CHAT, json=HELLO, headers={"origin": "http://localhost"})
     assert own.status_code == 200
     assert "access-control-allow-origin" not in own.headers
     friendly = client_of(cors_origins=("https://stranger.example",))

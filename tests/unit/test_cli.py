@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rondo import cli, config
 from rondo.errors import ProofError, UserError
 
-CONFIGS = {verb: cls for verb, (cls, _) in cli.COMMANDS.items()}
+CONFIGS = {verb: cls for verb, (cls, _) in cli.commands().items()}
 
 
 def run_python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,7 @@ import rondo.config
 from rondo import cli
 
 answers = {}
-for verb in [None, *cli.COMMANDS]:
+for verb in [None, *cli.commands()]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
@@ -51,8 +51,8 @@ def test_help_of_every_verb_loads_nothing_heavy() -> None:
     assert found["heavy"] == []
     code, text = found["answers"].pop("rondo")
     assert code == 0
-    assert all(verb in text for verb in cli.COMMANDS)
-    assert found["answers"].keys() == cli.COMMANDS.keys()
+    assert all(verb in text for verb in CONFIGS)
+    assert found["answers"].keys() == CONFIGS.keys()
     for verb, (code, text) in found["answers"].items():
         assert code == 0
         assert f"usage: rondo {verb}" in text
@@ -134,6 +134,42 @@ def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch, error: Exception) 
     monkeypatch.setitem(cli.COMMANDS, "verify", (config.VerifyConfig, "rondo.report:run"))
     with pytest.raises(type(error), match=str(error.args[-1])):
         cli.main(["verify", "some-model"])
+
+
+# ---- verbs of other distributions
+
+
+class Point:
+    """An entry point that notes when it is loaded."""
+
+    def __init__(self, name: str, loads: Any):
+        self.name, self.loads, self.loaded = name, loads, 0
+
+    def load(self) -> Any:
+        self.loaded += 1
+        return self.loads
+
+
+def test_verbs_of_other_distributions_are_found_and_ours_stay_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("rondo.report.run", lambda settings: seen.append(settings.model))
+    points = [Point(name, (config.VerifyConfig, "rondo.report:run")) for name in ("check", "train")]
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: points)
+    assert cli.main(["check", "some-model"]) == 0
+    assert seen == ["some-model"]
+    assert cli.commands()["train"][0] is config.TrainConfig
+    assert points[1].loaded == 0
+
+
+def test_a_verb_that_is_not_installed_says_how_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: [])
+    assert cli.main(["serve", "some-model"]) == 2
+    told = capsys.readouterr().err
+    assert told == 'rondo: error: serve is not installed: pip install "rondo-lm[serve]"\n'
 
 
 # ---- recipes and flags

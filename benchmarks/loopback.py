@@ -30,10 +30,9 @@ def tiny_checkpoint(directory: Path, seed: int = 0) -> None:
     pieces = {piece: number for number, piece in enumerate((*SPECIAL, *characters))}
     plain = Tokenizer(models.BPE(pieces, []))
     plain.pre_tokenizer, plain.decoder = shown, decoders.ByteLevel()
-    plain.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    # Only what ends a text is no text: any token that is generated is seen.
+    plain.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
     base = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,

@@ -28,6 +28,8 @@ class Script:
         endless: Go on until max_new_tokens.
         pause: Seconds before each token.
         reason: How an answer ends.
+        tokens: Numbers of the tokens, those from 40 on unless given.
+        end: Text that is held back until the end.
         busy_after: Asks that are taken before the queue is full.
         refusal: Why no ask is taken.
         failure: Why the engine is dead.
@@ -37,6 +39,8 @@ class Script:
     endless: bool = False
     pause: float = 0.0
     reason: Reason = "stop"
+    tokens: tuple[int, ...] = ()
+    end: str = "!"
     busy_after: int | None = None
     refusal: Refused | None = None
     failure: str | None = None
@@ -126,13 +130,14 @@ class FakeEngine:
             seconds=0.1,
         )
         self.ended[ask.id] = reason
-        deliver(Finished(reason, "!" if reason == "stop" else "", receipt))
+        deliver(Finished(reason, self.script.end if reason == "stop" else "", receipt))
 
     def _token(self, ask: Ask, number: int, depth: int) -> Token:
         text = self.script.words[number % len(self.script.words)]
         told = ask.sampling.logprobs
         top = tuple((40 + i, -1.0 - i) for i in range(told or 0))
-        return Token(40 + number, text, depth, None if told is None else -0.5, top)
+        token = self.script.tokens[number] if self.script.tokens else 40 + number
+        return Token(token, text, depth, None if told is None else -0.5, top)
 
 
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

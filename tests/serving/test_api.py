@@ -3,17 +3,35 @@
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import Script
-from fake_server import ANSWER, CHAT, COMPLETE, HELLO, OWN, TEXT, app_of, chunks_of, client_of, error_of
+from fake_engine import Script, until
+from fake_server import (
+    ANSWER,
+    CHAT,
+    COMPLETE,
+    HELLO,
+    OWN,
+    TEXT,
+    app_of,
+    chunks_of,
+    client_of,
+    error_of,
+)
+from pydantic import ValidationError
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conftest import byte_tokenizer
-from rondo_serve.api import log
+from rondo_serve.api import log, reading
+from rondo_serve.api.bodies import ChatBody, CompletionBody
+from rondo_serve.api.logprobs import Speller
 from rondo_serve.api.page import Page, hashes
 from rondo_serve.api.replies import ChatChunk, ChatReply, CompletionReply, ModelList
 from rondo_serve.requests import Refused
@@ -61,6 +79,15 @@ def test_a_completion_of_several_prompts_has_n_choices_for_each_with_seeds_that_
     assert "seed" not in body["recurrence"]
 
 
+def test_many_prompts_are_taken_that_the_queue_can_hold() -> None:
+    client = client_of(max_queue=5, max_running=4)
+    assert client.post(COMPLETE, json={"prompt": ["a"] * 9}).status_code == 200
+    error = error_of(client.post(COMPLETE, json={"prompt": ["a"] * 5, "n": 2}), 400)
+    assert error["param"] == "prompt"
+    assert error["message"].startswith("10 answers are asked for at once, and 9 are given")
+    assert error_of(client_of(max_queue=0, max_running=1).post(CHAT, json=HELLO | {"n": 2}), 400)
+
+
 @pytest.mark.parametrize("prompt", [[5, 6], [[5, 6]]])
 def test_a_prompt_may_be_tokens(prompt: Any) -> None:
     client = client_of()
@@ -105,6 +132,7 @@ def test_a_stream_adds_up_to_the_whole_answer(path: str) -> None:
         assert pieces[-1]["recurrence"]["by_depth"] == {"1": 1, "2": 1, "3": 1, "4": 1}
         assert pieces[-1]["recurrence"]["seed"] == 3 + index
     assert last["choices"] == []
+    assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
     assert last["usage"]["completion_tokens"] == 8
     assert last["recurrence"]["flops"] == 2e6
     if path == CHAT:
@@ -126,6 +154,62 @@ def test_probabilities_are_told_as_openai_tells_them() -> None:
     streamed = client.post(COMPLETE, json=TEXT | {"logprobs": 1, "stream": True}).text
     pieces = [c["choices"][0]["logprobs"] for c in chunks_of(streamed)]
     assert [o for p in pieces if p for o in p["text_offset"]] == [0, 3, 7, 11]
+
+
+# Of a vocabulary whose tokens 3 to 258 are bytes; 2 ends a text and is special.
+EURO = tuple(3 + sorted(bytes_to_unicode().values()).index(c) for c in "\u00e2\u0124\u00ac")
+
+
+def test_parts_of_characters_are_told_as_their_bytes() -> None:
+    client = client_of(Script(words=("", "", "\u20ac"), tokens=EURO))
+    body = client.post(CHAT, json=HELLO | {"logprobs": True}).json()
+    told = body["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(one["bytes"]) for one in told).decode() == "\u20ac"
+    told = client.post(COMPLETE, json=TEXT | {"logprobs": 1}).json()["choices"][0]["logprobs"]
+    assert told["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    speller = Speller(client.app.state.service.asker.tokenizer)  # type: ignore[attr-defined]
+    assert (speller.bytes(40), speller.name(40), speller.name(EURO[0])) == (
+        [70],
+        "F",
+        "bytes:\\xe2",
+    )
+
+
+def test_parts_of_characters_of_sentencepiece_are_told_as_their_bytes() -> None:
+    pieces = {"<unk>": 0, "<0xE2>": 1, "\u2581a": 2}
+    inner = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], 0, byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    speller = Speller(PreTrainedTokenizerFast(tokenizer_object=inner))
+    assert (speller.bytes(1), speller.name(1)) == ([0xE2], "bytes:\\xe2")
+
+
+# Words, tokens, the text at the end, and which tokens the probabilities tell.
+UNHEARD = {
+    "a special token": (("a", ""), (40, 2), "", [40]),
+    "a token that ends a text": (("a", ""), (40, 41), "", [40]),
+    "one after text that was held back": (("a", "", ""), (40, 41, 42), "b", [40, 41]),
+    "a special one after it": (("a", "", ""), (40, 41, 2), "b", [40, 41]),
+    "tokens behind a stop string": (("a", "", ""), (40, 41, 42), "", [40]),
+    "a token that has some text": (("a", "", "b"), (40, 41, 42), "", [40, 41, 42]),
+}
+
+
+@pytest.mark.parametrize(("words", "tokens", "end", "heard"), UNHEARD.values(), ids=UNHEARD)
+def test_probabilities_are_told_of_tokens_that_are_in_the_text(
+    words: tuple[str, ...], tokens: tuple[int, ...], end: str, heard: list[int]
+) -> None:
+    client = client_of(Script(words=words, tokens=tokens, end=end))
+    asked = TEXT | {"logprobs": 0}
+    whole = client.post(COMPLETE, json=asked).json()["choices"][0]["logprobs"]
+    assert whole["tokens"] == [byte_tokenizer().decode([token]) for token in heard]
+    pieces = [
+        chunk["choices"][0]["logprobs"]
+        for chunk in chunks_of(client.post(COMPLETE, json=asked | {"stream": True}).text)
+    ]
+    for name, value in whole.items():
+        assert [one for piece in pieces if piece for one in piece[name]] == value
+    chat = client.post(CHAT, json=HELLO | {"logprobs": True}).json()["choices"][0]
+    assert [one["token"] for one in chat["logprobs"]["content"]] == whole["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +240,8 @@ def test_fields_reach_the_engine() -> None:
         "seed": 11,
         "stop": ["x", "yz"],
         "max_completion_tokens": 9,
+        "max_tokens": 9,
+        "repetition_penalty": 1.25,
         "logprobs": True,
         "reasoning_effort": "high",
         "exit": {"rule": "margin", "threshold": 0.5, "check_every": 2},
@@ -164,11 +250,13 @@ def test_fields_reach_the_engine() -> None:
     (ask,) = client.engine.asked
     sampling = ask.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
-    assert (sampling.seed, sampling.logprobs) == (11, 0)
+    assert (sampling.seed, sampling.logprobs, sampling.repetition_penalty) == (11, 0, 1.25)
     assert (ask.stop, ask.max_new_tokens, ask.effort) == (("x", "yz"), 9, "high")
     rule = {"rule": "margin", "threshold": 0.5, "min_recurrences": 1, "check_every": 2}
     assert body["recurrence"]["exit"] == rule
     assert body["recurrence"]["allowed"] == 8
+    assert body["recurrence"]["effort"] == body["choices"][0]["recurrence"]["effort"] == "high"
+    assert "effort" not in client.post(CHAT, json=HELLO).json()["recurrence"]
 
 
 def test_an_exit_without_threshold_is_the_calibrated_one() -> None:
@@ -191,16 +279,25 @@ def test_a_seed_that_is_not_given_is_drawn_and_told() -> None:
     assert len(set(seeds)) == 3
 
 
+def test_a_negative_seed_is_one_of_63_bits() -> None:
+    client = client_of()
+    body = client.post(CHAT, json=HELLO | {"seed": -1}).json()
+    assert body["choices"][0]["recurrence"]["seed"] == 2**63 - 1
+    assert client.engine.asked[0].sampling.seed == 2**63 - 1
+
+
 @pytest.mark.parametrize(("sampled", "expected"), [(True, (0.6, 0.95, 20)), (False, (1.0, 1.0, 0))])
 def test_sampling_starts_from_the_checkpoints_own(
     tmp_path: Path, sampled: bool, expected: tuple[float, float, int]
 ) -> None:
     stored = {"do_sample": sampled, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    stored["repetition_penalty"] = 1.1
     (tmp_path / "generation_config.json").write_text(json.dumps(stored))
     client = client_of(model=str(tmp_path))
     client.post(CHAT, json=HELLO)
     sampling = client.engine.asked[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == expected
+    assert sampling.repetition_penalty == 1.1
 
 
 def test_content_may_be_text_parts_and_a_developer_is_a_system() -> None:
@@ -274,17 +371,28 @@ WRONG = [
     ({"reasoning_effort": "hard"}, "reasoning_effort", "'low'"),
     ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
     ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
-    ({"n": 9}, "n", "8 are given at most"),
+    ({"n": 9}, "n", "8 answers are given to a prompt at most"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"stop": ["a"] * 5}, "stop", "at most 4"),
     ({"stop": ""}, "stop", "at least 1 character"),
     ({"max_tokens": 5000}, "max_tokens", "1024"),
-    ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens", "leave one"),
+    ({"max_completion_tokens": 5000}, "max_completion_tokens", "max_completion_tokens 5000"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "leave one"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"repetition_penalty": 10.5}, "repetition_penalty", "less than or equal to 10"),
+    ({"seed": -(2**63) - 1}, "seed", "greater than or equal to"),
     ({"max_tokens": 252}, "messages", "exceed the 256"),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     ({"messages": []}, "messages", "at least 1 item"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'user'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "tools are not supported"),
+    (
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        "messages.0",
+        "tools are not supported",
+    ),
+    ({"messages": [HELLO["messages"][0]] * 2049}, "messages", "at most 2048 items"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "messages.0.content.0.type",
@@ -312,7 +420,7 @@ def test_a_mistake_is_told_with_its_field(field: dict[str, Any], param: str, tol
         ([300], "there is no token 300"),
         ([-1], "greater than or equal to 0"),
         (["a", ""], "holds no token"),
-        (["a"] * 9, "8 are given at most"),
+        (["a"] * 129, "128 are given at most"),
         (None, "input should be"),
     ],
 )
@@ -350,6 +458,51 @@ def test_a_body_is_json_whatever_its_type_says(kind: str) -> None:
     raw = json.dumps(HELLO).encode()
     response = client_of().post(CHAT, content=raw, headers={"content-type": kind})
     assert response.status_code == 200
+
+
+USER = HELLO["messages"][0]
+MANY: dict[str, Any] = {f"field{number}": 1 for number in range(10_000)}
+HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokens": (COMPLETE, {"prompt": [-1] * 10_000}),
+    "lists of tokens": (COMPLETE, {"prompt": [[-1]] * 10_000}),
+    "texts": (COMPLETE, {"prompt": [0.5] * 10_000}),
+    "stops": (COMPLETE, {"prompt": "a", "stop": [1] * 10_000}),
+    "messages": (CHAT, {"messages": [{}] * 10_000}),
+    "parts": (CHAT, {"messages": [{"role": "user", "content": [{}] * 10_000}]}),
+    "modalities": (CHAT, {"messages": [USER], "modalities": [1] * 10_000}),
+    "fields": (CHAT, {"messages": [USER]} | MANY),
+    "fields of a message": (CHAT, {"messages": [USER | MANY]}),
+    "fields of an exit": (CHAT, {"messages": [USER], "exit": MANY}),
+}
+
+
+@pytest.mark.parametrize(("path", "asked"), HOSTILE.values(), ids=HOSTILE)
+def test_a_body_of_many_mistakes_makes_few_errors(path: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        (ChatBody if path == CHAT else CompletionBody).model_validate(asked)
+    assert caught.value.error_count() < 10
+    assert error_of(client_of().post(path, json=asked), 400)["message"]
+
+
+def test_a_field_that_is_not_known_is_told_among_many() -> None:
+    known = {name: None for name in ChatBody.model_fields} | HELLO
+    error = error_of(client_of().post(CHAT, json=known | {"num_recurences": 1, "x": 2}), 400)
+    assert error["message"] == "there is no field num_recurences: did you mean num_recurrences?"
+
+
+def test_a_large_body_is_checked_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    checked = reading.checked
+
+    def spy(raw: bytes, body: Any) -> Any:
+        seen.append(threading.current_thread().name)
+        return checked(raw, body)
+
+    monkeypatch.setattr(reading, "checked", spy)
+    client = client_of()
+    client.post(COMPLETE, json=TEXT | {"user": "a" * 100})
+    client.post(COMPLETE, json=TEXT | {"user": "a" * 100_000})
+    assert [name.startswith("tokenizer") for name in seen] == [False, True]
 
 
 def test_a_body_that_is_too_large_is_told_also_without_a_length() -> None:
@@ -396,11 +549,19 @@ def test_a_full_queue_is_429_and_says_when() -> None:
     assert response.headers["retry-after"] == "3"
 
 
-def test_where_one_of_several_is_not_taken_the_others_are_cancelled() -> None:
+def test_where_one_of_several_is_not_taken_the_others_are_cancelled(
+    lines: list[dict[str, Any]],
+) -> None:
     client = client_of(Script(busy_after=2, endless=True, pause=0.02))
-    error_of(client.post(CHAT, json=HELLO | {"n": 3}), 429)
-    assert client.engine.cancelled == [ask.id for ask in client.engine.asked]
-    assert len(client.engine.cancelled) == 2
+    with client:
+        error_of(client.post(CHAT, json=HELLO | {"n": 3}), 429)
+        assert client.engine.cancelled == [ask.id for ask in client.engine.asked]
+        assert len(client.engine.cancelled) == 2
+        assert until(lambda: len(client.engine.ended) == 2)
+        # They count once, as what was not taken.
+        counted = re.findall(r"rondo_requests_total\{(.*?)\} (\S+)", client.get("/metrics").text)
+    assert counted == [('outcome="busy"', "1.0")]
+    assert [line["outcome"] for line in lines] == [["busy"]]
 
 
 def test_what_the_engine_refuses_is_400_with_its_field() -> None:
@@ -432,6 +593,31 @@ def test_a_mistake_of_the_server_is_500_in_openais_shape() -> None:
 
 
 # ---- operation
+
+
+@pytest.fixture
+def lines() -> Iterator[list[dict[str, Any]]]:
+    found: list[dict[str, Any]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(json.loads(record.getMessage()))  # type: ignore[method-assign]
+    log.LOGGER.addHandler(handler)
+    log.LOGGER.setLevel(logging.INFO)
+    yield found
+    log.LOGGER.removeHandler(handler)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_called_the_same_in_its_headers(stream: bool) -> None:
+    response = client_of().post(CHAT, json=HELLO | {"stream": stream})
+    assert response.headers["x-request-id"] in response.text
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/"])
+def test_a_head_is_answered_where_probes_ask(path: str) -> None:
+    client = client_of()
+    response = client.head(path)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == client.get(path).headers["content-type"]
 
 
 def test_models_tell_their_depths() -> None:
@@ -487,17 +673,6 @@ def test_metrics_count_by_depth() -> None:
     assert sample(text, "rondo_ticks_total") == 7
     # Two servers in one process do not share anything.
     assert "rondo_requests_total{" not in client_of().get("/metrics").text
-
-
-@pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
-    found: list[dict[str, Any]] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(json.loads(record.getMessage()))  # type: ignore[method-assign]
-    log.LOGGER.addHandler(handler)
-    log.LOGGER.setLevel(logging.INFO)
-    yield found
-    log.LOGGER.removeHandler(handler)
 
 
 def test_the_log_has_a_line_for_each_request_without_what_was_said(

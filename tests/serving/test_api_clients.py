@@ -1,9 +1,12 @@
 """Clients that leave, are slow or too many, and a server that is told to stop."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from fake_server import CHAT, COMPLETE, HELLO, TEXT, app_of, chunks_of, client_o
 
 from rondo.errors import UserError
 from rondo_serve import serve
-from rondo_serve.api import reading
+from rondo_serve.api import guard, reading
 from rondo_serve.config import ServeConfig
 
 # ---- clients that leave, and those that are too many
@@ -82,13 +85,13 @@ FLOOD = Script(words=("x" * 100_000,), endless=True)
 
 
 @contextmanager
-def unread(url: str) -> Iterator[None]:
-    """A stream that is asked for and never read."""
+def unread(url: str, stream: bool = True) -> Iterator[socket.socket]:
+    """An answer that is asked for and never read."""
     with socket.create_connection(address_of(url)) as slow:
-        raw = json.dumps(TEXT | {"stream": True, "max_tokens": 250}).encode()
+        raw = json.dumps(TEXT | {"stream": stream, "max_tokens": 250}).encode()
         head = f"POST {COMPLETE} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n"
         slow.sendall(head.encode() + raw)
-        yield
+        yield slow
 
 
 def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
@@ -99,6 +102,59 @@ def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
         assert until(lambda: list(engine.ended.values()) == ["length"])
         assert app.state.service.gate.held == 1
         assert httpx.get(url + "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reader_that_takes_too_long_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    app = app_of(FLOOD)
+    service = app.state.service
+    with served(app) as url, unread(url, stream) as slow:
+        assert until(lambda: service.engine.ended)
+        assert until(lambda: service.gate.held == 0)
+        slow.settimeout(5)
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := slow.recv(1_000_000):
+                got += len(chunk)
+        assert 0 < got < 100_000 * 250
+
+
+def test_a_whole_answer_is_not_held_by_a_reader_that_is_slow() -> None:
+    app = app_of()
+    sent: list[int] = []
+
+    async def go() -> None:
+        asked = json.dumps(TEXT).encode()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": asked, "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(len(message.get("body", b"")))
+
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/",
+            "headers": [(b"host", b"localhost")],
+            "query_string": b"",
+            "asgi": {"spec_version": "2.3"},
+        }
+        await app(scope, receive, send)
+
+    asyncio.run(go())
+    assert max(sent) <= guard.SLICE
+
+
+def test_slices_put_together_are_the_body() -> None:
+    long = {"type": "http.response.body", "body": bytes(range(250)) * 1000, "more_body": False}
+    parts = list(guard.slices(long))
+    assert b"".join(part["body"] for part in parts) == long["body"]
+    assert [part["more_body"] for part in parts] == [True, True, True, False]
+    assert all(part["more_body"] for part in guard.slices(long | {"more_body": True}))
 
 
 def test_a_client_that_sends_too_much_can_read_the_answer() -> None:
@@ -129,17 +185,19 @@ def address_of(url: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def test_too_many_connections_are_503() -> None:
+def test_too_many_requests_for_text_are_503_and_others_are_answered() -> None:
     app = app_of(Script(endless=True, pause=0.01), max_connections=1)
     with served(app) as url, httpx.Client() as client:
         asked = HELLO | {"stream": True, "max_tokens": 200}
         with client.stream("POST", url + CHAT, json=asked) as response:
             assert response.status_code == 200
-            refused = httpx.get(url + "/healthz")
+            refused = httpx.post(url + COMPLETE, json=TEXT)
             error_of(refused, 503)
             assert refused.headers["retry-after"] == "1"
+            assert httpx.get(url + "/healthz").status_code == 200
         assert until(lambda: app.state.service.gate.held == 0)
-        assert httpx.get(url + "/healthz").status_code == 200
+        last = httpx.post(url + COMPLETE, json=TEXT | {"max_tokens": 2})
+        assert last.status_code == 200
 
 
 def test_pages_of_other_origins_are_refused_unless_named() -> None:
@@ -161,6 +219,57 @@ def test_pages_of_other_origins_are_refused_unless_named() -> None:
     assert client.options(CHAT, headers=before).status_code == 403
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8000", "a.localhost", "127.0.0.1:8000", "[::1]", "[::1]:8000"],
+)
+def test_a_server_on_loopback_answers_to_its_own_names(host: str) -> None:
+    assert client_of().get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "stranger.example",
+        "stranger.example:8000",
+        "localhost.stranger.example",
+        "[",
+        "",
+        "10.0.0.1",
+    ],
+)
+def test_a_server_on_loopback_refuses_other_names(host: str) -> None:
+    client = client_of()
+    for method, path in [("GET", "/v1/models"), ("POST", CHAT), ("OPTIONS", CHAT), ("HEAD", "/")]:
+        response = client.request(method, path, headers={"host": host})
+        assert response.status_code == 403
+        if method != "HEAD":
+            error = error_of(response, 403)
+            assert "start it with --cors-origins" in error["message"]
+            assert error["code"] == "host_not_allowed"
+    assert client.engine.asked == []
+
+
+def test_a_server_answers_to_the_names_that_it_was_told() -> None:
+    behind = client_of(cors_origins=("https://mine.example",))
+    assert behind.get("/readyz", headers={"host": "mine.example"}).status_code == 200
+    error_of(behind.get("/readyz", headers={"host": "other.example"}), 403)
+    anyone = client_of(cors_origins=("*",))
+    assert anyone.get("/readyz", headers={"host": "other.example"}).status_code == 200
+    open_to_all = client_of(host="0.0.0.0")
+    assert open_to_all.get("/readyz", headers={"host": "other.example"}).status_code == 200
+
+
+def test_a_page_can_read_why_it_is_refused() -> None:
+    origin = {"origin": "https://mine.example"}
+    client = client_of(cors_origins=("https://mine.example",), max_connections=1)
+    client.app.state.service.gate.held = 1  # type: ignore[attr-defined]
+    response = client.post(CHAT, json=HELLO, headers=origin)
+    error_of(response, 503)
+    assert response.headers["access-control-allow-origin"] == origin["origin"]
+    assert "x-request-id" in response.headers["access-control-expose-headers"]
+
+
 # ---- the process
 
 
@@ -171,6 +280,9 @@ def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
         port = holder.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken: stop what holds it"):
             serve.bound("127.0.0.1", port)
+    # Two that are started at the same time have both not answered yet.
+    with serve.bound("127.0.0.1", 0) as first, pytest.raises(UserError, match="is taken"):
+        serve.bound("127.0.0.1", first.getsockname()[1])
     with pytest.raises(UserError, match="is no address of this machine"):
         serve.bound("192.0.2.1", 0)
 
@@ -196,17 +308,19 @@ def shutting_down(script: Script, grace: float, last: int = 2) -> Iterator[Simpl
     gate, engine = app.state.service.gate, app.state.service.engine
     with serve.bound("127.0.0.1", 0) as listener:
         settings = uvicorn.Config(
-            app, log_config=None, log_level="critical", timeout_graceful_shutdown=last
+            app, log_config=None, log_level="critical", timeout_graceful_shutdown=last + 5
         )
-        server = serve.Server(settings, engine, gate, grace)
+        server = serve.Server(settings, engine, gate, grace, last=last)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         assert until(lambda: server.started)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield SimpleNamespace(server=server, thread=thread, url=url, engine=engine)
-        server.should_exit = True
-        thread.join(10)
-        engine.close(0.0)
+        try:
+            yield SimpleNamespace(server=server, thread=thread, url=url, engine=engine)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            engine.close(0.0)
 
 
 def test_a_shutdown_finishes_what_runs_and_takes_nothing_new() -> None:
@@ -244,3 +358,54 @@ def test_a_second_interrupt_cuts_off_what_runs() -> None:
         it.server.handle_exit(signal.SIGINT, None)
         it.server.handle_exit(signal.SIGINT, None)
         assert until(lambda: list(it.engine.ended.values()) == ["shutdown"])
+
+
+def test_a_connection_that_asks_for_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "IDLE_SECONDS", 0.5)
+    script = Script(words=("a",), endless=True, pause=0.02)
+    with shutting_down(script, grace=0) as it, socket.create_connection(address_of(it.url)) as idle:
+        idle.sendall(b"GET /healthz HTTP/1.1\r\nhost: local")
+        # What takes longer than that is not idle.
+        asked = TEXT | {"max_tokens": 150}
+        assert httpx.post(it.url + COMPLETE, json=asked, timeout=20).status_code == 200
+        idle.settimeout(5)
+        assert idle.recv(1000) == b""
+
+
+SERVE = """
+import sys
+sys.path[:0] = {path!r}
+from fake_engine import Script
+from fake_server import app_of
+from rondo_serve import serve
+app = app_of(Script(words=("x" * 100_000,), endless=True, pause=0.01))
+with serve.bound("127.0.0.1", 0) as listener:
+    port = listener.getsockname()[1]
+    serve.serve(app, app.state.service.engine, listener, {grace}, [f"http://127.0.0.1:{{port}}"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
+def test_signals_end_the_process_without_a_traceback(signals: tuple[signal.Signals, ...]) -> None:
+    grace = 60 if len(signals) > 1 else 0
+    program = SERVE.format(path=[path for path in sys.path if path], grace=grace)
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with httpx.Client() as client, unread(url), unread(url, stream=False):
+            asked = HELLO | {"stream": True, "max_tokens": 1000}
+            with client.stream("POST", url + CHAT, json=asked) as response:
+                next(response.iter_text())
+                for number, sent in enumerate(signals):
+                    process.send_signal(sent)
+                    if number + 1 < len(signals):
+                        assert until(lambda: httpx.get(url + "/readyz").status_code == 503)
+                _, complaints = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "Traceback" not in complaints, complaints

@@ -48,7 +48,8 @@ def generated(checkpoint: Path, asked: list[Any]) -> list[list[str]]:
             num_recurrences=kind.depth,
             **({"exit": rule} if rule else {}),
         )
-        answers.append([tokenizer.decode(token) for token in out[0, ids.shape[1] :]])
+        told = [token for token in out[0, ids.shape[1] :] if token != tokenizer.eos_token_id]
+        answers.append([tokenizer.decode(token) for token in told])
     return answers
 
 

@@ -8,12 +8,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rondo.errors import UserError
 from rondo_serve.api.app import make_app
@@ -23,6 +25,8 @@ from rondo_serve.engine.opening import open_engine
 
 # After the engine has ended, for readers that are slow to take what they were sent.
 LAST_SECONDS = 5
+# Time in which a connection must have sent the head of a request.
+IDLE_SECONDS = 30.0
 BACKLOG = 2048
 
 
@@ -35,6 +39,7 @@ class Server(uvicorn.Server):
         gate: Is closed at the same time.
         grace: Seconds that running answers are given.
         told: What the operator is told once requests are taken.
+        last: Seconds that readers are given once nothing is generated any more.
     """
 
     def __init__(
@@ -44,12 +49,16 @@ class Server(uvicorn.Server):
         gate: Gate,
         grace: float,
         told: Sequence[str] = (),
+        last: float = LAST_SECONDS,
     ):
         super().__init__(config)
+        # Since when connections ask for nothing, and after which request.
+        self._idle: dict[Any, tuple[Any, float]] = {}
         self._told = told
         self._engine = engine
         self._gate = gate
         self._grace = grace
+        self._last = last
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say so."""
@@ -57,13 +66,40 @@ class Server(uvicorn.Server):
         if self.started and self._told:
             print("\n".join(self._told), flush=True)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Drop connections that ask for nothing, each second, and tell whether to end."""
+        if counter % 10 == 0:
+            self._drop_idle(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _drop_idle(self, now: float) -> None:
+        found: dict[Any, tuple[Any, float]] = {}
+        for connection in list(self.server_state.connections):
+            if not isinstance(connection, H11Protocol):
+                continue
+            cycle = connection.cycle
+            # One that is closing waits for a reader.
+            if cycle is None or cycle.response_complete or connection.transport.is_closing():
+                last, since = self._idle.get(connection, (cycle, now))
+                found[connection] = (cycle, since if last is cycle else now)
+                if now - found[connection][1] > IDLE_SECONDS:
+                    connection.transport.abort()
+        self._idle = found
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for readers, and cut off those that are left."""
+        # Before uvicorn does, which cancels answers with a traceback for each.
+        cut = asyncio.get_running_loop().call_later(self._last, self._cut)
         await super().shutdown(sockets)
+        cut.cancel()
+        self._cut()
+        # The loop closes what was cut, and its answers end by themselves.
+        if tasks := set(self.server_state.tasks):
+            await asyncio.wait(tasks, timeout=1)
+
+    def _cut(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-        # The loop closes what was aborted.
-        await asyncio.sleep(0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down; a second Ctrl-C cuts off what runs."""
@@ -92,7 +128,11 @@ def run(config: ServeConfig) -> None:
     with bound(config.host, config.port) as listener:
         opened = open_engine(config)
         log_to_stderr()
-        config = config.model_copy(update={"max_context": opened.engine.settings.max_context})
+        known = {
+            "max_context": opened.engine.settings.max_context,
+            "host": listener.getsockname()[0],
+        }
+        config = config.model_copy(update=known)
         app = make_app(opened.engine, opened.tokenizer, opened.shape, opened.policy, config)
         opened.engine.start()
         told = [*opened.told, *told_of(listener, config)]
@@ -109,8 +149,12 @@ def serve(
         log_level="warning",
         access_log=False,
         server_header=False,
+        # There is nothing to start or end with the app, and no websocket.
+        lifespan="off",
+        http="h11",
+        ws="none",
         backlog=BACKLOG,
-        timeout_graceful_shutdown=LAST_SECONDS,
+        timeout_graceful_shutdown=LAST_SECONDS + 5,
     )
     server = Server(settings, engine, app.state.service.gate, grace, told)
     try:
@@ -120,7 +164,10 @@ def serve(
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a socket at an address; it does not listen yet.
+    """Return a socket that listens at an address.
+
+    It listens at once, or two servers that load at the same time would both have the port: what
+    connects before the model is there waits for it.
 
     Raises:
         UserError: The address cannot be had.
@@ -135,6 +182,7 @@ def bound(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

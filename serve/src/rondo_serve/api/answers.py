@@ -9,16 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from rondo.modeling.exits_recurrent import ExitRule
 from rondo_serve.api.calls import Call
 from rondo_serve.api.errors import ApiError
+from rondo_serve.api.logprobs import Held, Speller, of_chat, of_text
 from rondo_serve.api.replies import (
     AnswerMessage,
     CachedTokens,
     ChatChoice,
     ChatChunk,
-    ChatLogprob,
-    ChatLogprobs,
     ChatPiece,
     ChatReply,
     CompletionReply,
@@ -27,17 +25,13 @@ from rondo_serve.api.replies import (
     FinishReason,
     RecurrenceReply,
     TextChoice,
-    TextLogprobs,
     TokenReply,
-    TopLogprob,
     Usage,
     dumped,
 )
 from rondo_serve.requests import Ask, Finished, Receipt, Token
 
 Kind = Literal["chat", "text"]
-# JSON has no infinity: what other servers say of a token that cannot come.
-LEAST_LOGPROB = -9999.0
 # A comment now and then keeps proxies from taking a queue for a dead line.
 PAUSE = 15.0
 
@@ -50,11 +44,13 @@ class Written:
         tokens: Its tokens.
         end: Its end.
         offset: Characters that were streamed.
+        held: Those whose probabilities are not told yet.
     """
 
     tokens: list[Token] = field(default_factory=list)
     end: Finished | None = None
     offset: int = 0
+    held: Held = field(default_factory=Held)
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Teller:
     Attributes:
         call: The call.
         kind: Whose shape is told: of conversations or of completions.
-        tokenizer: Turns tokens to text, for their probabilities.
+        speller: Turns tokens to text, for their probabilities.
         model: The model's name.
         tokens: Tell each token's depth in a whole body too.
         usage: End a stream with what was used.
@@ -74,7 +70,7 @@ class Teller:
 
     call: Call
     kind: Kind
-    tokenizer: Any
+    speller: Speller
     model: str
     tokens: bool = False
     usage: bool = False
@@ -112,7 +108,9 @@ class Teller:
         written = [Written() for _ in self.call.asks]
         if self.kind == "chat":
             for index in range(len(written)):
-                yield self._event([self._piece(index, [], Delta(role="assistant", content=""))])
+                told = self._told(index, [], None)
+                begin = Delta(role="assistant", content="")
+                yield self._event([ChatPiece(delta=begin, logprobs=None, **told)])
         async for batch in self.call.events(PAUSE):
             if not batch:
                 yield ": the answer is still to come\n\n"
@@ -135,9 +133,8 @@ class Teller:
     # ---- parts of a reply
 
     def _head(self) -> dict[str, Any]:
-        name = self.call.asks[0].id.rpartition("-")[0]
         kind = {"chat": "chat.completion", "text": "text_completion"}[self.kind]
-        return {"id": name, "object": kind, "created": self.created, "model": self.model}
+        return {"id": self.call.id, "object": kind, "created": self.created, "model": self.model}
 
     def _event(self, choices: Sequence[BaseModel], **more: Any) -> str:
         head = self._head()
@@ -145,7 +142,8 @@ class Teller:
         if self.kind == "chat":
             reply = ChatChunk
             head["object"] = "chat.completion.chunk"
-        told = reply(**head, choices=choices, **more).model_dump_json(exclude_unset=True)
+        head |= ({"usage": None} if self.usage else {}) | more
+        told = reply(**head, choices=choices).model_dump_json(exclude_unset=True)
         return f"data: {told}\n\n"
 
     def _choice(self, index: int, one: Written) -> BaseModel:
@@ -155,26 +153,22 @@ class Teller:
         told = self._ended(index, one.end)
         if self.tokens:
             told["tokens"] = shown(one.tokens)
+        tokens = one.held.push(one.tokens, self.speller.special, one.end)
         if self.kind == "text":
-            return TextChoice(text=text, logprobs=self._text_logprobs(one.tokens, 0), **told)
+            return TextChoice(text=text, logprobs=of_text(tokens, 0, self.speller), **told)
         message = AnswerMessage(role="assistant", content=text, refusal=None)
-        return ChatChoice(message=message, logprobs=self._chat_logprobs(one.tokens), **told)
+        return ChatChoice(message=message, logprobs=of_chat(tokens, self.speller), **told)
 
     def _next(self, index: int, one: Written, tokens: list[Token], text: str) -> BaseModel:
         """Return a piece of an answer: tokens, or the end."""
+        heard = one.held.push(tokens, self.speller.special, one.end)
+        told = self._told(index, tokens, one.end)
         if self.kind == "chat":
             delta = Delta(content=text) if text or tokens else Delta()
-            return self._piece(index, tokens, delta, one.end)
-        told = self._told(index, tokens, one.end)
-        logprobs = self._text_logprobs(tokens, one.offset)
+            return ChatPiece(delta=delta, logprobs=of_chat(heard, self.speller), **told)
+        logprobs = of_text(heard, one.offset, self.speller)
         one.offset += len(text)
         return TextChoice(text=text, logprobs=logprobs, **told)
-
-    def _piece(
-        self, index: int, tokens: list[Token], delta: Delta, end: Finished | None = None
-    ) -> BaseModel:
-        told = self._told(index, tokens, end)
-        return ChatPiece(delta=delta, logprobs=self._chat_logprobs(tokens), **told)
 
     def _told(self, index: int, tokens: list[Token], end: Finished | None) -> dict[str, Any]:
         if end is not None:
@@ -187,7 +181,7 @@ class Teller:
 
     def _ended(self, index: int, end: Finished) -> dict[str, Any]:
         ask = self.call.asks[index]
-        depth = recurrence_of([end.receipt], ask.exit)
+        depth = recurrence_of(ask, [end.receipt])
         depth["seed"] = ask.sampling.seed
         if end.reason in ("time", "shutdown", "cancelled"):
             depth["ended_by"] = end.reason
@@ -211,50 +205,6 @@ class Teller:
             prompt_tokens_details=CachedTokens(cached_tokens=cached),
         )
 
-    # ---- probabilities
-
-    def _chat_logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
-        told = [token for token in tokens if token.logprob is not None]
-        if not told:
-            return None
-        content = [
-            ChatLogprob(
-                **self._logprob(token.token, token.logprob),
-                top_logprobs=[TopLogprob(**self._logprob(*one)) for one in token.top],
-            )
-            for token in told
-        ]
-        return ChatLogprobs(content=content, refusal=None)
-
-    def _logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        # A token that is a part of a character has no text of its own.
-        whole = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": finite(logprob), "bytes": whole}
-
-    def _text_logprobs(self, tokens: list[Token], offset: int) -> TextLogprobs | None:
-        told = [token for token in tokens if token.logprob is not None]
-        if not told:
-            return None
-        offsets = []
-        for token in told:
-            offsets.append(offset)
-            offset += len(token.text)
-        return TextLogprobs(
-            tokens=[self.tokenizer.decode([token.token]) for token in told],
-            token_logprobs=[finite(token.logprob) for token in told],
-            top_logprobs=[
-                {self.tokenizer.decode([other]): finite(logprob) for other, logprob in token.top}
-                for token in told
-            ],
-            text_offset=offsets,
-        )
-
-
-def finite(logprob: float | None) -> float:
-    """Return a logarithm that JSON can hold."""
-    return LEAST_LOGPROB if logprob is None or not logprob > LEAST_LOGPROB else logprob
-
 
 def shown(tokens: Iterable[Token]) -> list[TokenReply]:
     """Return tokens with their depths."""
@@ -268,11 +218,16 @@ def failed() -> ApiError:
 
 def summed(asks: Sequence[Ask], receipts: Sequence[Receipt]) -> RecurrenceReply:
     """Return the depth that all answers of a call took."""
-    return RecurrenceReply(**recurrence_of(receipts, asks[0].exit))
+    return RecurrenceReply(**recurrence_of(asks[0], receipts))
 
 
-def recurrence_of(receipts: Sequence[Receipt], rule: ExitRule | None) -> dict[str, Any]:
-    """Return the fields of `RecurrenceReply` that receipts tell."""
+def recurrence_of(ask: Ask, receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """Return the fields of `RecurrenceReply` that receipts tell.
+
+    Args:
+        ask: What was asked.
+        receipts: What its answers took.
+    """
     depths = sum((Counter(receipt.depths) for receipt in receipts), Counter())
     total = sum(depth * count for depth, count in depths.items())
     told: dict[str, Any] = {
@@ -284,7 +239,9 @@ def recurrence_of(receipts: Sequence[Receipt], rule: ExitRule | None) -> dict[st
         "iterations": sum(receipt.iterations for receipt in receipts),
         "flops": sum(receipt.flops for receipt in receipts),
     }
-    if rule is not None:
+    if ask.effort is not None:
+        told["effort"] = ask.effort
+    if (rule := ask.exit) is not None:
         told["exit"] = ExitReply(
             rule=rule.criterion,
             threshold=rule.threshold,

@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +23,9 @@ from rondo_serve.api.calls import Call, Engine, Gate
 from rondo_serve.api.document import Documented, answered, body_of
 from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_engine
 from rondo_serve.api.guard import Guard
+from rondo_serve.api.logprobs import Speller
 from rondo_serve.api.metrics import Metrics
-from rondo_serve.api.page import PAGE, Page
+from rondo_serve.api.page import Page
 from rondo_serve.api.reading import read
 from rondo_serve.api.replies import (
     ChatReply,
@@ -70,6 +70,7 @@ class Service:
 
     engine: Engine
     asker: Asker
+    speller: Speller
     policy: Limits
     metrics: Metrics
     gate: Gate
@@ -88,10 +89,10 @@ class Service:
         try:
             if self.gate.closing.is_set():
                 raise closed()
-            told = await read(request, body, self.asker.config.max_body)
+            told = await read(request, body, self.asker.config.max_body, self.worker)
             loop = asyncio.get_running_loop()
             asks = await loop.run_in_executor(self.worker, asks_of, told)
-            call = Call(self.engine, asks, self._ended)
+            call = Call(self.engine, asks, self._ended, keeps_texts=self.asker.config.log_prompts)
             try:
                 call.submit()
             except (Refused, Busy, Closed) as error:
@@ -104,13 +105,16 @@ class Service:
         teller = Teller(
             call,
             kind,
-            self.asker.tokenizer,
+            self.speller,
             self.asker.name,
             tokens=bool(told.token_recurrences),
             usage=bool(told.stream_options and told.stream_options.include_usage),
             n=told.n or 1,
         )
-        headers = {"x-rondo-recurrences-allowed": str(max(call.allowed))}
+        headers = {
+            "x-request-id": call.id,
+            "x-rondo-recurrences-allowed": str(max(call.allowed)),
+        }
         if told.stream:
             return Stream(teller, headers)
         return JSONResponse(await while_there(request, teller), headers=headers)
@@ -192,6 +196,7 @@ def make_app(
     service = Service(
         engine,
         Asker(tokenizer, shape, config, name, Defaults.of(config.model)),
+        Speller(tokenizer),
         policy,
         Metrics(engine, policy.cap),
         Gate(),
@@ -199,25 +204,25 @@ def make_app(
         int(time.time()),
     )
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        yield
-        service.worker.shutdown(wait=False)
-
-    app = Documented(policy, config, service.asker.context, lifespan=lifespan)
+    app = Documented(policy, config, service.asker.context)
     app.state.service = service
     handle_errors(app)
+    app.add_middleware(
+        Guard,
+        gate=service.gate,
+        most=config.max_connections,
+        host=config.host,
+        origins=config.cors_origins,
+    )
+    # What is added last comes first: pages can read what the guard answers.
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-rondo-recurrences-allowed", "retry-after"],
+            expose_headers=["x-request-id", "x-rondo-recurrences-allowed", "retry-after"],
         )
-    app.add_middleware(
-        Guard, gate=service.gate, most=config.max_connections, origins=config.cors_origins
-    )
     route_texts(app, service)
     route_models(app, service)
     route_operation(app, service)
@@ -265,12 +270,14 @@ def route_models(app: FastAPI, service: Service) -> None:
 
 def route_operation(app: FastAPI, service: Service) -> None:
     """Add what operators and browsers ask for."""
-    page = Page.of() if PAGE.is_file() else None
+    page = Page.of()
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the process is alive", responses=READING)
     async def healthz() -> Health:
         return Health()
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Whether requests are taken", responses=READING)
     async def readyz() -> Health:
         if service.engine.failure is not None:
@@ -290,8 +297,7 @@ def route_operation(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        if page is None:
-            raise ApiError(404, "this installation has no page: ask /v1/models what there is")
         return Response(page.html, media_type="text/html; charset=utf-8", headers=page.headers)

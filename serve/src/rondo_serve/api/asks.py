@@ -23,6 +23,9 @@ from rondo_serve.api.errors import ApiError
 from rondo_serve.config import ServeConfig
 from rondo_serve.requests import Ask, Sampling
 
+# Answers to one request, however long the queue is.
+MOST_ANSWERS = 128
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -31,17 +34,21 @@ class Defaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def of(cls, model: str) -> "Defaults":
-        """Read those of a checkpoint: what its generation config says of sampling."""
+        """Read those of a checkpoint: what its generation config says."""
         try:
             stored = json.loads((Path(model) / "generation_config.json").read_text())
         except (OSError, ValueError):
             return cls()
-        if not isinstance(stored, dict) or not stored.get("do_sample"):
+        if not isinstance(stored, dict):
             return cls()
-        names = [field.name for field in dataclasses.fields(cls)]
+        # A penalty is none of sampling's: the best token is taken after it, too.
+        names = ["repetition_penalty"]
+        if stored.get("do_sample"):
+            names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: stored[name] for name in names if stored.get(name) is not None})
 
 
@@ -66,8 +73,7 @@ class Asker:
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together at most."""
-        most = self.shape.max_position_embeddings
-        return min(self.config.max_context or most, most)
+        return self.config.max_context or self.shape.max_position_embeddings
 
     def chat(self, body: ChatBody) -> list[Ask]:
         """Return the asks of a conversation.
@@ -76,12 +82,10 @@ class Asker:
             ApiError: The body asks for what cannot be.
         """
         self._check(body)
-        if body.max_tokens and body.max_completion_tokens:
-            raise ApiError(
-                400,
-                "max_tokens and max_completion_tokens say the same: leave one",
-                "max_completion_tokens",
-            )
+        newer = body.max_completion_tokens
+        if newer and body.max_tokens and newer != body.max_tokens:
+            message = "max_tokens and max_completion_tokens mean the same and differ: leave one"
+            raise ApiError(400, message, "max_completion_tokens")
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         told = [
@@ -95,8 +99,8 @@ class Asker:
             message = f"the model's chat template does not take these messages: {reason}"
             raise ApiError(400, message, "messages") from error
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        most = body.max_completion_tokens or body.max_tokens
-        return self._asks("chatcmpl", body, [prompt], most, logprobs, "messages")
+        limit = ("max_completion_tokens", newer) if newer else ("max_tokens", body.max_tokens)
+        return self._asks("chatcmpl", body, [prompt], limit, logprobs, "messages")
 
     def completion(self, body: CompletionBody) -> list[Ask]:
         """Return the asks of texts to continue, the choices of each one after another.
@@ -106,7 +110,8 @@ class Asker:
         """
         self._check(body)
         prompts = [self._tokens(prompt) for prompt in prompts_of(body.prompt)]
-        return self._asks("cmpl", body, prompts, body.max_tokens, body.logprobs, "prompt")
+        limit = ("max_tokens", body.max_tokens)
+        return self._asks("cmpl", body, prompts, limit, body.logprobs, "prompt")
 
     def _check(self, body: Asking) -> None:
         """Refuse what can be refused before anything is read."""
@@ -119,14 +124,16 @@ class Asker:
         if body.stream_options is not None and not body.stream:
             message = "stream_options goes with stream: true: leave it or stream"
             raise ApiError(400, message, "stream_options")
+        if (body.n or 1) > self.config.max_choices:
+            message = f"n is {body.n}, and {self.config.max_choices} answers are given to a prompt"
+            raise ApiError(400, f"{message} at most: send several requests", "n")
         prompts = prompts_of(body.prompt) if isinstance(body, CompletionBody) else [""]
-        if (choices := (body.n or 1) * len(prompts)) > self.config.max_choices:
+        # What the queue never takes would be told to come back for ever.
+        room = min(MOST_ANSWERS, self.config.max_queue + self.config.max_running)
+        if (answers := (body.n or 1) * len(prompts)) > room:
             param = "n" if len(prompts) == 1 else "prompt"
-            message = (
-                f"{choices} answers are asked for at once, and {self.config.max_choices} are "
-                "given at most: send several requests"
-            )
-            raise ApiError(400, message, param)
+            message = f"{answers} answers are asked for at once, and {room} are given at most"
+            raise ApiError(400, f"{message}: send several requests", param)
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -141,18 +148,18 @@ class Asker:
         kind: str,
         body: Asking,
         prompts: list[list[int]],
-        most: int | None,
+        limit: tuple[str, int | None],
         logprobs: int | None,
         param: str,
     ) -> list[Ask]:
         name = f"{kind}-{uuid.uuid4().hex}"
         rule = self._exit(body.exit)
         # Short enough that every language's numbers hold it.
-        seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+        seed = secrets.randbelow(2**31) if body.seed is None else body.seed & WHOLE
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         found: list[Ask] = []
         for prompt in prompts:
-            new = self._room(prompt, most, param)
+            new = self._room(prompt, *limit, param)
             for _ in range(body.n or 1):
                 ask = Ask(
                     id=f"{name}-{len(found)}",
@@ -167,16 +174,16 @@ class Asker:
                 found.append(ask)
         return found
 
-    def _room(self, prompt: list[int], most: int | None, param: str) -> int:
+    def _room(self, prompt: list[int], name: str, most: int | None, param: str) -> int:
         """Return how many tokens may follow a prompt."""
         if not prompt:
             raise ApiError(400, "the prompt holds no token: give a text", param)
         if most is not None and most > self.config.max_new_tokens:
             message = (
-                f"max_tokens {most} is beyond the {self.config.max_new_tokens} that this server "
+                f"{name} {most} is beyond the {self.config.max_new_tokens} that this server "
                 "gives: ask for fewer"
             )
-            raise ApiError(400, message, "max_tokens")
+            raise ApiError(400, message, name)
         room = self.context - len(prompt)
         if room < (most or 1):
             message = (
@@ -194,6 +201,11 @@ class Asker:
             # Other servers write -1 for all.
             top_k=max(0, own.top_k if body.top_k is None else body.top_k),
             seed=seed,
+            repetition_penalty=(
+                own.repetition_penalty
+                if body.repetition_penalty is None
+                else body.repetition_penalty
+            ),
             logprobs=logprobs,
         )
 

@@ -2,17 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from rondo_serve.requests import Effort
 
 MOST_STOPS = 4
+# Turns of a conversation, and parts of one: more is no conversation.
+MOST_ITEMS = 2048
 WHOLE = 2**63 - 1
 
 Rule = Literal["kl", "entropy", "margin", "argmax_stable", "state_distance", "gate"]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+# The first mistake is told: one error for each of a million items would stop the server.
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Iterations = Annotated[int, Field(ge=1, le=2**31 - 1)]
 # What OpenAI's API knows and would change the answer: only the values that ask for nothing.
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
@@ -24,6 +28,16 @@ class Body(BaseModel):
     """Strict: a number is no string, and a field that is not known is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        # Likewise of many fields that are not known: one is told.
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        unknown = next(name for name in value if name not in cls.model_fields)
+        known = {name: value[name] for name in cls.model_fields if name in value}
+        return {unknown: value[unknown]} | known
 
 
 class ExitBody(Body):
@@ -60,11 +74,15 @@ class Asking(Body):
     stream: bool | None = Field(None, description="Send tokens as they come.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128, description="Answers to each prompt.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = Field(
-        None, description="Strings before which the text ends, four at most."
-    )
+    stop: (
+        StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None
+    ) = Field(None, description="Strings before which the text ends, four at most.")
     seed: int | None = Field(
-        None, ge=0, le=WHOLE, description="Seed of the draws; drawn and told unless given."
+        None,
+        ge=-WHOLE - 1,
+        le=WHOLE,
+        description="Seed of the draws; drawn unless given, and told. A negative one stands for "
+        "the one with the same lower 63 bits.",
     )
     temperature: float | None = Field(
         None, ge=0, le=2, description="0 takes the best token; the model's own unless given."
@@ -72,6 +90,13 @@ class Asking(Body):
     top_p: float | None = Field(None, ge=0, le=1, description="Nucleus.")
     top_k: int | None = Field(
         None, ge=-1, le=2**31 - 1, description="How many of the best are drawn from; 0 takes all."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="Divides the odds of tokens that the text has already; the model's own "
+        "unless given, 1 is none.",
     )
     max_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer.")
     num_recurrences: int | None = Field(
@@ -101,7 +126,9 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: (
+        str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+    )
     name: str | None = None
     # What OpenAI's client sends back of its own answers: nothing, where there was nothing.
     refusal: None = None
@@ -110,6 +137,18 @@ class Message(Body):
     function_call: None = None
     tool_calls: Nothing = None
     annotations: Nothing = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tools(cls, value: Any) -> Any:
+        # Told as what it is: a turn of tools has other roles and no content, too.
+        if isinstance(value, dict) and (
+            value.get("role") in ("tool", "function")
+            or value.get("tool_calls")
+            or value.get("function_call")
+        ):
+            raise PydanticCustomError("unsupported", "tools are not supported here")
+        return value
 
     @property
     def text(self) -> str:
@@ -134,7 +173,7 @@ class ChatBody(Asking):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     logprobs: bool | None = Field(None, description="Tell each token's logarithm of probability.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Of how many others, too.")
     max_completion_tokens: int | None = Field(
@@ -145,7 +184,7 @@ class ChatBody(Asking):
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     audio: None = None
     prediction: None = None
     web_search_options: None = None
@@ -179,8 +218,8 @@ class CompletionBody(Asking):
     prompt: (
         str
         | Tokens
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Tokens], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     ) = Field(description="A text, texts, tokens, or lists of tokens.")
     logprobs: int | None = Field(
         None, ge=0, le=5, description="Tell each token's logarithm of probability, and of others."

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -46,10 +45,12 @@ class Call:
     Attributes:
         engine: Who answers.
         asks: What is asked.
-        ended: Called on the loop with each `Finished`, also where nobody reads any more.
+        ended: Called on the loop with each `Finished` of a call that was taken, also where nobody
+            reads any more.
         allowed: The depth that each ask was given.
         finished: The ends that have come, by index.
-        started: When the call began, in seconds of `time.monotonic`.
+        keeps_texts: Whether the answers' texts are kept, for the log.
+        texts: Their pieces, by index.
     """
 
     engine: Engine
@@ -57,12 +58,18 @@ class Call:
     ended: Callable[["Call", int, Finished], None]
     allowed: list[int] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    keeps_texts: bool = False
     texts: dict[int, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._refused = False
+
+    @property
+    def id(self) -> str:
+        """What the answer is called."""
+        return self.asks[0].id.rpartition("-")[0]
 
     @property
     def done(self) -> bool:
@@ -81,6 +88,8 @@ class Call:
             try:
                 self.allowed.append(self.engine.submit(ask, self._deliver(index)))
             except (Refused, Busy, Closed):
+                # What becomes of the others is not told: the request counts once, as refused.
+                self._refused = True
                 self.cancel()
                 raise
 
@@ -118,11 +127,12 @@ class Call:
 
     def _take(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
-        if event.text:
+        if self.keeps_texts and event.text:
             self.texts.setdefault(index, []).append(event.text)
         if isinstance(event, Finished):
             self.finished[index] = event
-            self.ended(self, index, event)
+            if not self._refused:
+                self.ended(self, index, event)
 
 
 @dataclass
@@ -131,7 +141,7 @@ class Gate:
 
     Attributes:
         closing: The server shuts down.
-        held: Requests that are being answered.
+        held: Requests for text that are being answered.
     """
 
     closing: threading.Event = field(default_factory=threading.Event)

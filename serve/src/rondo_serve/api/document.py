@@ -11,11 +11,12 @@ from rondo_serve.config import ServeConfig
 from rondo_serve.policy import Limits
 
 REF = "#/components/schemas/{model}"
-ALLOWED = {
+HEADERS = {
+    "x-request-id": {"schema": {"type": "string"}, "description": "The answer's id."},
     "x-rondo-recurrences-allowed": {
         "schema": {"type": "integer"},
         "description": "Depth r that was given.",
-    }
+    },
 }
 DESCRIPTION = (
     "OpenAI's API for a depth-recurrent model. A request says how deep it goes with "
@@ -82,6 +83,6 @@ def answered(reply: type[BaseModel]) -> dict[str, Any]:
     return {
         "model": reply,
         "description": "The answer, or with stream: true its chunks as server-sent events.",
-        "headers": ALLOWED,
+        "headers": HEADERS,
         "content": {"text/event-stream": {"itemSchema": event}},
     }

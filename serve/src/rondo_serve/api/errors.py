@@ -16,7 +16,7 @@ from rondo_serve.api.replies import ErrorReply
 from rondo_serve.requests import Busy, Closed, Refused
 
 RETRY_CLOSED = 5
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+KINDS = {403: "permission_error", 429: "rate_limit_error"}
 NESTED: dict[str, type[BaseModel]] = {"exit": ExitBody}
 # Names of the ways a value may be written, which pydantic puts into the path of an error.
 BRANCHES = ("str", "list", "constrained-str", "function", "float", "int", "dict", "none")
@@ -96,6 +96,8 @@ def of_validation(error: ValidationError, body: type[BaseModel]) -> ApiError:
         return ApiError(400, "the body must be a JSON object, as {...}")
     param = path_of(loc)
     name = str(loc[0])
+    if first["type"] == "unsupported":
+        return ApiError(400, f"{param}: {first['msg']}: leave them", param, "unsupported")
     if first["type"] == "extra_forbidden":
         return ApiError(400, unknown(loc, param, body), param, "unknown_parameter")
     if name in UNSUPPORTED or str(loc[-1]) in UNSUPPORTED:
@@ -167,13 +169,13 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what the OpenAPI document says of errors."""
     told = {
         400: "The request is wrong: the message says what and where.",
-        403: "A page of another origin asked, and the server was not told to let it.",
+        403: "A page of another origin asked, or the server was called by another name.",
         404: "There is no such model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
         429: "The queue is full: ask again after Retry-After seconds.",
         500: "The server made a mistake.",
-        503: "The server shuts down, has failed, or holds too many connections.",
+        503: "The server shuts down, has failed, or holds too many requests.",
     }
     retry = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
     return {

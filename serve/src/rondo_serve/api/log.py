@@ -4,6 +4,7 @@ import json
 import logging
 from typing import Any
 
+from rondo_serve.api.answers import recurrence_of
 from rondo_serve.api.calls import Call
 
 LOGGER = logging.getLogger("rondo_serve.requests")
@@ -19,18 +20,17 @@ def line_of(call: Call, model: str, prompts: list[str] | None) -> dict[str, Any]
     """
     ends = [call.finished[index] for index in sorted(call.finished)]
     receipts = [end.receipt for end in ends]
-    new = sum(receipt.new_tokens for receipt in receipts)
-    total = sum(receipt.mean_recurrences * receipt.new_tokens for receipt in receipts)
+    depth = recurrence_of(call.asks[0], receipts)
     told: dict[str, Any] = {
-        "id": call.asks[0].id.rpartition("-")[0],
+        "id": call.id,
         "model": model,
-        "asked": call.asks[0].num_recurrences or call.asks[0].effort,
-        "allowed": max(call.allowed),
-        "mean": round(total / max(1, new), 3),
+        "asked": depth["asked"] or depth.get("effort"),
+        "allowed": depth["allowed"],
+        "mean": round(depth["mean"], 3),
         "prompt_tokens": sum(receipt.prompt_tokens for receipt in receipts),
         "cached_tokens": sum(receipt.cached_tokens for receipt in receipts),
-        "new_tokens": new,
-        "flops": sum(receipt.flops for receipt in receipts),
+        "new_tokens": sum(receipt.new_tokens for receipt in receipts),
+        "flops": depth["flops"],
         "seconds": round(max(receipt.seconds for receipt in receipts), 4),
         "outcome": sorted({end.reason for end in ends}),
     }

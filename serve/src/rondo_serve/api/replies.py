@@ -35,6 +35,7 @@ class RecurrenceReply(BaseModel):
     """The depth that answers asked for and took."""
 
     asked: int | None = Field(description="num_recurrences as it was asked for.")
+    effort: str | None = Field(None, description="reasoning_effort as it was asked for.")
     allowed: int = Field(description="Depth r that was given: no token took more.")
     mean: float = Field(description="Mean iterations of the generated tokens.")
     max: int = Field(description="Iterations of the deepest.")

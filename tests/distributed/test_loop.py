@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_ranks import ADAPTERS, begin, go_on
+from loop_ranks import ADAPTERS, EXACT, begin, go_on
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "text.txt").write_text("\n\n".join(lines))
     assert rondo("convert", directory / "parent", directory / "model", "--sizes", "2,2,2") == 0
     step = train.train_step
-    begin(directory, "one")
+    begin(directory, "one", 0, *EXACT)
     begin(directory, "adapters-one", 0, *ADAPTERS)
     on_two_ranks(directory, "first")
     go_on(directory, "moved", 4)

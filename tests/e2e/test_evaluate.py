@@ -99,8 +99,9 @@ def test_one_trajectory_gives_the_losses_of_separate_passes(made: Path, tmp_path
 
 
 def test_the_batch_size_changes_nothing(made: Path, tmp_path: Path) -> None:
+    words = ("--recurrences", 1, 3, "--dtype", "float32")
     found = [
-        measure(made, tmp_path / str(size), "model", "--batch-size", size, "--recurrences", 1, 3)
+        measure(made, tmp_path / str(size), "model", "--batch-size", size, *words)
         for size in (1, 7)
     ]
     (one,), (many,) = found

@@ -1,5 +1,6 @@
 """Tokens into text as they come, up to a string that ends it."""
 
+from functools import lru_cache
 from typing import Any
 
 from rondo.terminal import Pieces
@@ -64,6 +65,7 @@ class Writer:
         return len(text)
 
 
+@lru_cache(maxsize=8)  # each request asks, of the one tokenizer
 def special_tokens(tokenizer: Any) -> frozenset[int]:
     """Return the tokens that `decode` skips where special ones are not wanted."""
     added = tokenizer.added_tokens_decoder.items()

@@ -41,6 +41,7 @@ from traffic import DEEPEST, SHALLOW, SHARES, Answer, Counts, Run, Traffic, page
 from transformers import PreTrainedTokenizerFast
 
 from rondo.data import load_tokenizer
+from rondo.flops import costs_of
 from rondo.generation import load_recurrent
 from rondo_serve.engine.engine import Engine, EngineSettings, shape_of
 from rondo_serve.engine.passes import Passes
@@ -154,7 +155,7 @@ def open_engine(
     model: Any, tokenizer: Any, wanted: Traffic, batching: Batching, favour: Any, flags: Any
 ) -> Engine:
     """Return an engine whose ticks are ours to call, with room for all that is in flight."""
-    longest, shape = len(wanted.prompts[0]) + wanted.new_tokens, shape_of(model)
+    longest, shape = len(wanted.prompts[0]) + wanted.new_tokens, shape_of(model, costs_of(model))
     settings = EngineSettings(
         kv_bytes=(wanted.in_flight + 1) * shape.pages_for(longest, DEEPEST) * shape.page_bytes,
         max_context=longest,

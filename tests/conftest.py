@@ -22,6 +22,7 @@ from transformers import (
 
 from rondo.convert.families import cut_config
 from rondo.modeling.configuration_recurrent import RecurrentConfig
+from rondo.modeling.exits_recurrent import ExitRule
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
 
@@ -64,6 +65,17 @@ LLAMA3_ROPE = {
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"] * 3
 FULL_LAST = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention", "full_attention"]
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+# Thresholds at which tokens of the small llama leave here and there.
+THRESHOLDS = {
+    "kl": 0.03,
+    "entropy": 5.38,
+    "margin": 0.996,
+    "argmax_stable": 0.4,
+    "state_distance": 0.22,
+    "gate": 0.6,
+}
+RULES = {name: ExitRule(name, threshold) for name, threshold in THRESHOLDS.items()}
 
 # What each family has that the plain decoder has not.
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -220,7 +220,6 @@ def _count(
     head = model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().weight
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Costs(
         num_prelude_layers=len(prelude),
         num_core_layers=len(core),
@@ -238,8 +237,13 @@ def _count(
         injection_matmul=injection_matmul,
         head_matmul=head.numel(),
         attention_width=config.num_attention_heads * head_dim,
-        kv_width=kv_heads * head_dim,
+        kv_width=kv_heads_of(config) * head_dim,
     )
+
+
+def kv_heads_of(config: Any) -> int:
+    """Return the key/value heads of a layer, by a parent's config."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _parameters(modules: Iterable[nn.Module]) -> int:

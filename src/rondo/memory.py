@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rondo.errors import UserError
-from rondo.flops import Costs
+from rondo.flops import Costs, kv_heads_of
 
 SPARED = 0.9
 # Stores of a `RecurrentCache` grow by a quarter, and a larger one is filled beside the old.
@@ -85,8 +85,7 @@ class Holder:
         cls, costs: Costs, config: Any, dtype: torch.dtype, int8: bool, loaded: bool = False
     ) -> "Holder":
         """Read a `RecurrentConfig`."""
-        base = config.base_config
-        heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+        heads = kv_heads_of(config.base_config)
         return cls(costs, heads, config.vocab_size, dtype.itemsize, int8, loaded)
 
     def forecast(self, request: Request) -> Forecast:

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
+from conftest import RULES, THRESHOLDS
 from rondo.modeling.cache_recurrent import CACHE_POLICIES, RecurrentCache
 from rondo.modeling.exits_recurrent import (
     CRITERIA,
@@ -27,16 +28,6 @@ from rondo.modeling.exits_recurrent import (
 from rondo.modeling.inputs_recurrent import LayerInputs, Selection
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 
-# Thresholds at which tokens of the small llama leave here and there.
-THRESHOLDS = {
-    "kl": 0.03,
-    "entropy": 5.38,
-    "margin": 0.996,
-    "argmax_stable": 0.4,
-    "state_distance": 0.22,
-    "gate": 0.6,
-}
-RULES = {name: ExitRule(name, threshold) for name, threshold in THRESHOLDS.items()}
 DEPTH = 5
 
 each_criterion = pytest.mark.parametrize("name", CRITERIA)

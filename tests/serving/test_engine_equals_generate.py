@@ -21,22 +21,12 @@ from engines import (
     traffic,
 )
 
-from conftest import EOS, recurrent
+from conftest import EOS, RULES, recurrent
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.exits_recurrent import CRITERIA, ExitRule
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
 from rondo_serve.requests import Ask, Refused, Sampling
 
-# Thresholds at which tokens of the small llama leave here and there.
-THRESHOLDS = {
-    "kl": 0.03,
-    "entropy": 5.38,
-    "margin": 0.996,
-    "argmax_stable": 0.4,
-    "state_distance": 0.22,
-    "gate": 0.6,
-}
-RULES = {name: ExitRule(name, threshold) for name, threshold in THRESHOLDS.items()}
 ROOMY = {"prompt_chunk": 64, "tick_tokens": 512}
 TIGHT = {"prompt_chunk": 3, "tick_tokens": 7}
 

@@ -11,6 +11,7 @@ Depth = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Favour = Literal["shallow", "even", "deep"]
 EFFORTS: tuple[str, ...] = get_args(Effort)
 
 
@@ -36,7 +37,7 @@ class ServeConfig(Config):
     efforts: dict[str, Depth] | None = None
     """Depths that reasoning_effort stands for, as low 2 medium 4 high 8; halves and doubles of
     the default for those that are not named."""
-    favour: Literal["shallow", "even", "deep"] = "even"
+    favour: Favour = "even"
     """Who goes first where a tick cannot take all: those with few iterations left, those that
     waited longest, or those with many left."""
     max_running: Count = 32

@@ -41,6 +41,11 @@ class Limits:
     floor: int = 1
     efforts: Mapping[str, int] | None = None
 
+    @property
+    def depths(self) -> Mapping[str, int]:
+        """Depth of each effort."""
+        return self.efforts or efforts_of(self.default, self.floor, self.cap)
+
     def allow(self, ask: Ask, load: Load) -> int:
         """Return the depth that is asked for, if it lies within the bounds.
 
@@ -48,8 +53,7 @@ class Limits:
             Refused: It does not.
         """
         if ask.num_recurrences is None:
-            efforts = self.efforts or efforts_of(self.default, self.floor, self.cap)
-            return efforts[ask.effort] if ask.effort else self.default
+            return self.depths[ask.effort] if ask.effort else self.default
         if not self.floor <= ask.num_recurrences <= self.cap:
             raise Refused(
                 f"num_recurrences must lie between {self.floor} and {self.cap} here, got "

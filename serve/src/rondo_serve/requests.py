@@ -139,17 +139,6 @@ class Receipt:
         """Tokens generated, one that ended the text included."""
         return sum(self.depths.values())
 
-    @property
-    def mean_recurrences(self) -> float:
-        """Mean iterations of the generated tokens, 0 if there are none."""
-        total = sum(depth * count for depth, count in self.depths.items())
-        return total / max(1, self.new_tokens)
-
-    @property
-    def max_recurrences(self) -> int:
-        """Iterations of the deepest generated token, 0 if there are none."""
-        return max(self.depths, default=0)
-
 
 @dataclass(frozen=True)
 class Finished:

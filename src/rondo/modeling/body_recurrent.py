@@ -128,6 +128,18 @@ class RecurrentModel(RecurrentPreTrainedModel):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return embeds if self.embedding_factor is None else embeds * self.embedding_factor
 
+    def rotary(self, x_BTD: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Return the rotary embeddings of positions (B, T), by kind of layer where those differ.
+
+        Args:
+            x_BTD: Hidden states, for their type.
+            position_ids: The positions.
+        """
+        if not self.rotary_by_type:
+            return self.rotary_emb(x_BTD, position_ids)
+        kinds = dict.fromkeys(self.config.base_config.layer_types)
+        return {kind: self.rotary_emb(x_BTD, position_ids, kind) for kind in kinds}
+
     def initial_state(
         self, e_BTD: torch.Tensor, position_ids: torch.Tensor, seed: int | torch.Tensor
     ) -> torch.Tensor:

@@ -111,7 +111,6 @@ class LayerInputs:
             extra: What the caller passes on to the layers.
             whole_masks: Make masks out of which tokens can be taken.
         """
-        base, rotary = body.config.base_config, body.rotary_emb
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             steps = torch.arange(embeds_BTD.shape[1], device=embeds_BTD.device)
@@ -119,7 +118,7 @@ class LayerInputs:
         masks = attention_mask
         if not isinstance(attention_mask, dict):
             masks = create_masks_for_generate(
-                config=base,
+                config=body.config.base_config,
                 inputs_embeds=embeds_BTD,
                 attention_mask=attention_mask,
                 past_key_values=cache,
@@ -127,12 +126,7 @@ class LayerInputs:
                 # No mask means "causal" to a kernel, which is wrong for some of the tokens.
                 and_mask_function=_everywhere if whole_masks else None,
             )
-        if body.rotary_by_type:
-            kinds = dict.fromkeys(base.layer_types)
-            embeddings = {kind: rotary(embeds_BTD, position_ids, kind) for kind in kinds}
-        else:
-            embeddings = rotary(embeds_BTD, position_ids)
-        return cls(masks, embeddings, position_ids, extra)
+        return cls(masks, body.rotary(embeds_BTD, position_ids), position_ids, extra)
 
     def take(self, selection: "Selection") -> "LayerInputs":
         """Restrict to some tokens of the call.

@@ -36,7 +36,7 @@ from rondo_serve.api.replies import (
     ModelReply,
 )
 from rondo_serve.config import ServeConfig
-from rondo_serve.policy import Limits, efforts_of
+from rondo_serve.policy import Limits
 from rondo_serve.requests import Ask, Busy, Closed, Finished, Refused
 
 ASKING = documented(400, 403, 404, 408, 413, 429, 500, 503)
@@ -142,9 +142,7 @@ class Service:
                 default=policy.default,
                 min=policy.floor,
                 max=policy.cap,
-                efforts=dict(
-                    policy.efforts or efforts_of(policy.default, policy.floor, policy.cap)
-                ),
+                efforts=dict(policy.depths),
                 calibrated={rule: list(of) for rule, of in (shape.exit_rules or {}).items()},
                 gate=shape.exit_gate,
             ),

@@ -81,7 +81,7 @@ class Asker:
         Raises:
             ApiError: The body asks for what cannot be.
         """
-        self._check(body)
+        self._check(body, 1)
         newer = body.max_completion_tokens
         if newer and body.max_tokens and newer != body.max_tokens:
             message = "max_tokens and max_completion_tokens mean the same and differ: leave one"
@@ -108,12 +108,13 @@ class Asker:
         Raises:
             ApiError: The body asks for what cannot be.
         """
-        self._check(body)
-        prompts = [self._tokens(prompt) for prompt in prompts_of(body.prompt)]
+        told = prompts_of(body.prompt)
+        self._check(body, len(told))
+        prompts = [self._tokens(prompt) for prompt in told]
         limit = ("max_tokens", body.max_tokens)
         return self._asks("cmpl", body, prompts, limit, body.logprobs, "prompt")
 
-    def _check(self, body: Asking) -> None:
+    def _check(self, body: Asking, num_prompts: int) -> None:
         """Refuse what can be refused before anything is read."""
         if body.model is not None and body.model != self.name:
             message = f"there is no model {body.model[:200]!r} here: there is {self.name!r}"
@@ -127,11 +128,10 @@ class Asker:
         if (body.n or 1) > self.config.max_choices:
             message = f"n is {body.n}, and {self.config.max_choices} answers are given to a prompt"
             raise ApiError(400, f"{message} at most: send several requests", "n")
-        prompts = prompts_of(body.prompt) if isinstance(body, CompletionBody) else [""]
         # What the queue never takes would be told to come back for ever.
         room = min(MOST_ANSWERS, self.config.max_queue + self.config.max_running)
-        if (answers := (body.n or 1) * len(prompts)) > room:
-            param = "n" if len(prompts) == 1 else "prompt"
+        if (answers := (body.n or 1) * num_prompts) > room:
+            param = "n" if num_prompts == 1 else "prompt"
             message = f"{answers} answers are asked for at once, and {room} are given at most"
             raise ApiError(400, f"{message}: send several requests", param)
 
@@ -194,20 +194,12 @@ class Asker:
         return most or min(self.config.default_new_tokens, room)
 
     def _sampling(self, body: Asking, seed: int, logprobs: int | None) -> Sampling:
-        own = self.defaults
-        return Sampling(
-            temperature=own.temperature if body.temperature is None else body.temperature,
-            top_p=own.top_p if body.top_p is None else body.top_p,
-            # Other servers write -1 for all.
-            top_k=max(0, own.top_k if body.top_k is None else body.top_k),
-            seed=seed,
-            repetition_penalty=(
-                own.repetition_penalty
-                if body.repetition_penalty is None
-                else body.repetition_penalty
-            ),
-            logprobs=logprobs,
-        )
+        told = {name: getattr(body, name) for name in dataclasses.asdict(self.defaults)}
+        given = {name: value for name, value in told.items() if value is not None}
+        how = dataclasses.replace(self.defaults, **given)
+        # Other servers write -1 for all.
+        how = dataclasses.replace(how, top_k=max(0, how.top_k))
+        return Sampling(**dataclasses.asdict(how), seed=seed, logprobs=logprobs)
 
     def _exit(self, body: ExitBody | None) -> ExitRule | None:
         """Return the rule of an exit, with the calibrated threshold unless one is given."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rondo.config.generate import Criterion
 from rondo_serve.requests import Effort
 
 MOST_STOPS = 4
@@ -12,7 +13,6 @@ MOST_STOPS = 4
 MOST_ITEMS = 2048
 WHOLE = 2**63 - 1
 
-Rule = Literal["kl", "entropy", "margin", "argmax_stable", "state_distance", "gate"]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # The first mistake is told: one error for each of a million items would stop the server.
@@ -43,7 +43,7 @@ class Body(BaseModel):
 class ExitBody(Body):
     """When a token leaves the loop before `num_recurrences`."""
 
-    rule: Rule = Field(description="What is read of the loop.")
+    rule: Criterion = Field(description="What is read of the loop.")
     threshold: float | None = Field(
         None, ge=0, description="Leave below it; the checkpoint's calibrated one unless given."
     )

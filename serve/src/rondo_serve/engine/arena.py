@@ -142,7 +142,7 @@ class Arena:
     """
 
     def __init__(self, shape: Shape, total: int, device: torch.device):
-        self.shape = shape
+        self.shape, self.device = shape, device
         self.pages = Pages(total)
         units = (total + 1) * shape.page_units
         # Zeros: page 0 is read where a row has no token, and no mask takes NaN away.
@@ -180,16 +180,15 @@ class Arena:
             start: First token.
             stop: One after the last.
         """
-        count, device, taken = stop - start, self.tables.device, []
+        count, taken = stop - start, []
         for core, numbers in ((False, tables[:1]), (True, tables[1:])):
             each = -(-count // self.shape.tokens_per_page(core))
             pages = self.pages.take(each * len(numbers))
             taken += pages
-            first = torch.tensor(pages, device=device).view(len(numbers), each, 1)
-            within = torch.arange(self.shape.tokens_per_page(core), device=device)
+            first = torch.tensor(pages, device=self.device).view(len(numbers), each, 1)
+            within = torch.arange(self.shape.tokens_per_page(core), device=self.device)
             entries = first * self.shape.page_units + within * self.shape.entry_units(core)
-            index = torch.tensor(numbers, device=device)
-            self.tables[index, start:stop] = entries.flatten(1)[:, :count].int()
+            self.tables[numbers, start:stop] = entries.flatten(1)[:, :count].int()
         return taken
 
     def lend(self, tables: Sequence[int], places: torch.Tensor, iteration: int) -> None:

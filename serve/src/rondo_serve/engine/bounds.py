@@ -8,8 +8,8 @@ import torch
 
 from rondo.memory import READOUT_COPIES
 from rondo.modeling.configuration_recurrent import RecurrentConfig
+from rondo_serve.config import Favour
 from rondo_serve.engine.arena import Arena
-from rondo_serve.engine.schedule import Favour
 from rondo_serve.requests import Ask, Refused
 
 # Logits divided by less may leave the range of numbers.

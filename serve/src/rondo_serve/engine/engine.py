@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rondo.flops import costs_of
+from rondo.flops import Costs, costs_of, kv_heads_of
 from rondo_serve.engine import exits, sampling, schedule
 from rondo_serve.engine.arena import Arena, Shape
 from rondo_serve.engine.bounds import EngineSettings, check, longest_context
@@ -73,7 +73,7 @@ class Engine:
         self._ends = frozenset(ends)
         self._costs = costs_of(model)
         self._gate = model.model.exit_gate
-        self.shape = shape_of(model)
+        self.shape = shape_of(model, self._costs)
         if settings.max_context > (most := longest_context(model.config)):
             raise Refused(f"max_context {settings.max_context} is beyond the model's {most}")
         total = settings.kv_bytes // self.shape.page_bytes - 1
@@ -340,8 +340,8 @@ class Engine:
             return {}
         parts = [(one, True) for one in checked] + [(one, False) for one in done]
         wanted: dict[int, torch.Tensor] = {}
-        for (one, whole), hidden in zip(parts, self.passes.finish(parts), strict=True):
-            if whole:
+        for (one, is_check), hidden in zip(parts, self.passes.finish(parts), strict=True):
+            if is_check:
                 wanted[id(one)] = hidden
             elif one.is_last:
                 wanted[id(one)] = hidden[-1:]
@@ -431,17 +431,14 @@ class Engine:
             log.exception("the policy could not take note of a request")
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Any, costs: Costs) -> Shape:
     """Return what a token takes of a model's keys and values."""
-    config = model.config
-    base = config.base_config
-    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
-    head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    heads = kv_heads_of(model.config.base_config)
     return Shape(
-        num_prelude=config.num_prelude_layers,
-        num_core=config.num_core_layers,
-        num_coda=config.num_coda_layers,
+        num_prelude=costs.num_prelude_layers,
+        num_core=costs.num_core_layers,
+        num_coda=costs.num_coda_layers,
         heads=heads,
-        head_dim=head_dim,
+        head_dim=costs.kv_width // heads,
         dtype=model.dtype,
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,9 @@ def prove(engine: Engine, plain: Mapping[int, torch.Tensor]) -> None:
         ids = proof_text(logits.shape[1])
         for count in range(PROOF_TOKENS, len(ids)):
             events = told[depth, count] = []
-            ask = Ask(f"proof-{depth}-{count}", tuple(ids[:count]), 1, depth)
-            engine.submit(replace(ask, sampling=Sampling(logprobs=0)), events.append)
+            name, told_too = f"proof-{depth}-{count}", Sampling(logprobs=0)
+            ask = Ask(name, tuple(ids[:count]), 1, depth, sampling=told_too)
+            engine.submit(ask, events.append)
     while engine.tick():
         pass
     for (depth, count), events in told.items():

@@ -43,7 +43,7 @@ class Passes:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self._arena.tables.device
+        return self._arena.device
 
     def enter(self, flights: Sequence[Flight]) -> None:
         """Run the prelude of new flights, and start their states."""
@@ -138,13 +138,8 @@ class Passes:
                 start = stop
         write = tables[owners, places].long()
         batch = Batch(self._arena, write, groups, self._attention)
-        body, positions = self._body, places[None]
-        if body.rotary_by_type:
-            rotary: Any = {
-                kind: body.rotary_emb(x_1ND, positions, kind) for kind in self._attention.kinds
-            }
-        else:
-            rotary = body.rotary_emb(x_1ND, positions)
+        positions = places[None]
+        rotary = self._body.rotary(x_1ND, positions)
         return batch, LayerInputs(self._attention.masks(batch), rotary, positions, {})
 
 

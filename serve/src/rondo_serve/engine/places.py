@@ -6,8 +6,6 @@ has room to end. What it did not need is free when it ends.
 
 from collections.abc import Sequence
 
-import torch
-
 from rondo.data import common_length
 from rondo_serve.engine.arena import Arena
 from rondo_serve.engine.prefixes import STRIDE, Prefix, Prefixes
@@ -62,8 +60,7 @@ class Places:
         row.pages = shared
         row.tables = self._arena.take_tables(1 + row.depth, row.length)
         if prefix is not None:
-            index = torch.tensor(row.tables, device=self._arena.tables.device)
-            self._arena.tables[index, :cached] = prefix.tables[:, :cached]
+            self._arena.tables[row.tables, :cached] = prefix.tables[:, :cached]
         row.pages = shared + self._arena.fill(row.tables, cached, row.length)
         row.read = row.cached = cached
         return True
@@ -72,8 +69,7 @@ class Places:
         """Let others take what a row has read."""
         if not (self._shares_prefixes and row.shares):
             return
-        index = torch.tensor(row.tables, device=self._arena.tables.device)
-        tables = self._arena.tables[index, : row.read].clone()
+        tables = self._arena.tables[row.tables, : row.read]
         pages = (tables // self._arena.shape.page_units).unique().tolist()
         self._prefixes.keep(row.key(self._seeded), row.tokens[: row.read], tables, pages)
 

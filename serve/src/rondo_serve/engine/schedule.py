@@ -6,11 +6,10 @@ or second.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
+from rondo_serve.config import Favour
 from rondo_serve.engine.rows import Flight, Row
 
-Favour = Literal["shallow", "even", "deep"]
 SIGNS: dict[Favour, int] = {"shallow": 1, "even": 0, "deep": -1}
 # Ticks from one start of rows to the next, the most that can be had first.
 PACES = (4, 3, 2, 1)

@@ -7,12 +7,16 @@ import importlib.metadata
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rondo import config
 from rondo.errors import ProofError, UserError
 
-COMMANDS: dict[str, tuple[type[config.Config], str]] = {
+# Settings, and what runs them.
+Verb = tuple[type[config.Config], str]
+
+COMMANDS: dict[str, Verb] = {
     "quickstart": (config.QuickstartConfig, "rondo.quickstart:run"),
     "probe": (config.ProbeConfig, "rondo.convert.probe:run"),
     "convert": (config.ConvertConfig, "rondo.convert.convert:run"),
@@ -37,29 +41,35 @@ PASSED_ON = {
 
 
 # Verbs of another distribution, and what installs it.
-ELSEWHERE = {"serve": "rondo-lm[serve]"}
+ELSEWHERE = dict.fromkeys(("serve", "gateway", "policy", "keys", "audit"), "rondo-lm[serve]")
 
 
 def plugins() -> dict[str, importlib.metadata.EntryPoint]:
     """Return the verbs that other distributions add: entry points of the group `rondo.verbs`.
 
-    Each leads to its settings, and to what runs them. None takes the place of a verb of ours.
+    Each leads to a `Verb`, or to several by the word that follows, as in `policy check`. None takes
+    the place of a verb of ours.
     """
     points = importlib.metadata.entry_points(group="rondo.verbs")
     return {point.name: point for point in points if point.name not in COMMANDS}
 
 
-def commands() -> dict[str, tuple[type[config.Config], str]]:
-    """Return all verbs that there are."""
-    return COMMANDS | {name: point.load() for name, point in plugins().items()}
+def commands() -> dict[str, Verb]:
+    """Return all verbs that there are, those of two words too."""
+    found = dict(COMMANDS)
+    for name, point in plugins().items():
+        loaded = point.load()
+        if isinstance(loaded, Mapping):
+            found |= {f"{name} {word}": verb for word, verb in loaded.items()}
+        else:
+            found[name] = loaded
+    return found
 
 
 def usage() -> str:
     """Return the list of verbs."""
-    lines = ["usage: rondo VERB [OPTIONS]", ""]
-    for verb, (cls, _) in commands().items():
-        lines.append(f"  {verb:<12}{(cls.__doc__ or '').splitlines()[0]}")
-    lines += [f"  {verb:<12}{told}" for verb, (told, _) in PASSED_ON.items()]
+    lines = ["usage: rondo VERB [OPTIONS]", "", *lines_of(commands())]
+    lines += [f"  {verb:<16}{told}" for verb, (told, _) in PASSED_ON.items()]
     return "\n".join([*lines, "", "rondo VERB --help tells a verb's options."])
 
 
@@ -77,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(importlib.metadata.version("rondo-lm"))
         return 0
-    verb, added = argv[0], {} if argv[0] in COMMANDS else plugins()
+    verb, *words = argv
+    added = {} if verb in COMMANDS else plugins()
     verbs = [*COMMANDS, *added, *PASSED_ON]
     if verb not in verbs and verb in ELSEWHERE:
         told = f'{verb} is not installed: pip install "{ELSEWHERE[verb]}"'
@@ -90,10 +101,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         if verb in PASSED_ON:
-            pass_on(verb, argv[1:])
+            pass_on(verb, words)
             return 0
-        cls, where = COMMANDS[verb] if verb in COMMANDS else added[verb].load()
-        settings = config.parse(cls, argv[1:], prog=f"rondo {verb}")
+        found = COMMANDS[verb] if verb in COMMANDS else added[verb].load()
+        if isinstance(found, Mapping):
+            if not words or words[0] in ("-h", "--help", "help"):
+                print(usage_of(verb, found))
+                return 0
+            verb, found, words = second(verb, found, words)
+        cls, where = found
+        settings = config.parse(cls, words, prog=f"rondo {verb}")
         quiet_libraries()
         load(where)(settings)
     except UserError as error:
@@ -111,6 +128,30 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rondo {verb}: error: cannot write: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def usage_of(verb: str, group: Mapping[str, Verb]) -> str:
+    """Return the list of the verbs that begin with a word."""
+    lines = [f"usage: rondo {verb} {'|'.join(group)} [OPTIONS]", ""]
+    return "\n".join([*lines, *lines_of({f"{verb} {word}": one for word, one in group.items()})])
+
+
+def lines_of(verbs: Mapping[str, Verb]) -> list[str]:
+    """Return a line for each verb."""
+    return [
+        f"  {verb:<16}{(cls.__doc__ or '').splitlines()[0]}" for verb, (cls, _) in verbs.items()
+    ]
+
+
+def second(verb: str, group: Mapping[str, Verb], words: list[str]) -> tuple[str, Verb, list[str]]:
+    """Return the verb that a first word and a second one name, and the words that are left.
+
+    Raises:
+        UserError: There is none.
+    """
+    if words[0] not in group:
+        raise UserError(f"there is no {words[0]!r} of {verb}: there are {', '.join(group)}")
+    return f"{verb} {words[0]}", group[words[0]], words[1:]
 
 
 def pass_on(verb: str, argv: list[str]) -> None:

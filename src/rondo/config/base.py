@@ -21,6 +21,8 @@ class Config(pydantic.BaseModel):
     words: ClassVar[tuple[str, ...]] = ()
     # Name of a nested group, as its settings are called: `recurrence.mean`.
     group: ClassVar[str] = ""
+    # Whether a first word that ends in .yaml is a recipe, not a word.
+    takes_recipe: ClassVar[bool] = True
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -90,7 +92,7 @@ def parse(cls: type[C], argv: list[str], prog: str) -> C:
     if argv and "--resume" in argv and (fields := _settings_of_run(Path(argv[0]))):
         default, argv = cls(**fields), argv[1:]
         argv = [*(str(getattr(default, word)) for word in cls.words), *argv]
-    elif argv and argv[0].endswith((".yaml", ".yml")):
+    elif cls.takes_recipe and argv and argv[0].endswith((".yaml", ".yml")):
         default = load_yaml(cls, Path(argv[0]))
         argv = argv[1:]
         # The recipe has given the words already; asking for them again would be absurd.

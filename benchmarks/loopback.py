@@ -23,7 +23,9 @@ CAP = 16
 START_SECONDS, END_SECONDS = 120.0, 60.0
 
 
-def tiny_checkpoint(directory: Path, seed: int = 0) -> None:
+def tiny_checkpoint(
+    directory: Path, seed: int = 0, sizes: tuple[int, int, int] = (1, 2, 2), width: int = 64
+) -> None:
     """Write a recurrent model of random weights, whose tokens are the characters of ASCII."""
     shown = pre_tokenizers.ByteLevel(add_prefix_space=False)
     characters = [shown.pre_tokenize_str(chr(code))[0][0] for code in range(32, 127)]
@@ -34,11 +36,11 @@ def tiny_checkpoint(directory: Path, seed: int = 0) -> None:
     plain.add_special_tokens([AddedToken("</s>", special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
     base = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=sum(sizes),
+        num_attention_heads=width // 16,
+        num_key_value_heads=width // 32,
         vocab_size=len(pieces),
         max_position_embeddings=512,
         initializer_range=0.15,
@@ -49,10 +51,10 @@ def tiny_checkpoint(directory: Path, seed: int = 0) -> None:
     )
     config = RecurrentConfig(
         base_config=base,
-        num_prelude_layers=1,
-        num_core_layers=2,
-        num_coda_layers=2,
-        source_layers=list(range(5)),
+        num_prelude_layers=sizes[0],
+        num_core_layers=sizes[1],
+        num_coda_layers=sizes[2],
+        source_layers=list(range(sum(sizes))),
         max_recurrences=CAP,
     )
     with torch.random.fork_rng():

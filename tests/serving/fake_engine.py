@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rondo_serve.policy import Limits
+from rondo_serve.policy import Allowed, Limits
 from rondo_serve.requests import (
     Ask,
     Busy,
@@ -65,7 +65,7 @@ class FakeEngine:
     def start(self) -> None:
         """There is nothing to start."""
 
-    def submit(self, ask: Ask, deliver: Deliver) -> int:
+    def submit(self, ask: Ask, deliver: Deliver) -> Allowed:
         if self._closed.is_set() or self.script.failure:
             raise Closed("closed")
         if self.script.refusal is not None:
@@ -102,7 +102,7 @@ class FakeEngine:
         running = len(self._stops) - len(self.ended)
         return Load(waiting=1, running=running, pages=3, cached_pages=1, total_pages=12, ticks=7)
 
-    def _answer(self, ask: Ask, allowed: int, deliver: Deliver, stop: threading.Event) -> None:
+    def _answer(self, ask: Ask, allowed: Allowed, deliver: Deliver, stop: threading.Event) -> None:
         depths: dict[int, int] = {}
         reason = self.script.reason
         for number in range(ask.max_new_tokens):
@@ -112,23 +112,26 @@ class FakeEngine:
             if stop.is_set() or self._cut.is_set():
                 reason = "cancelled" if stop.is_set() else "shutdown"
                 break
-            depth = number % allowed + 1
+            depth = number % allowed.depth + 1
             depths[depth] = depths.get(depth, 0) + 1
             deliver(self._token(ask, number, depth))
         else:
             reason = "length"
         receipt = Receipt(
             asked=ask.num_recurrences,
-            allowed=allowed,
+            allowed=allowed.depth,
             prompt_tokens=len(ask.prompt),
             cached_tokens=1,
             depths=depths,
-            iterations=len(ask.prompt) * allowed + sum(d * n for d, n in depths.items()),
+            iterations=len(ask.prompt) * allowed.depth + sum(d * n for d, n in depths.items()),
             flops=1e6,
             queued=0.01,
             first_token=0.02 if depths else None,
             seconds=0.1,
+            exit=allowed.exit,
+            grant=allowed.grant,
         )
+        self.policy.spent(ask, reason, receipt)
         self.ended[ask.id] = reason
         deliver(Finished(reason, self.script.end if reason == "stop" else "", receipt))
 

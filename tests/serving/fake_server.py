@@ -17,6 +17,7 @@ from rondo_serve import serve
 from rondo_serve.api.app import make_app
 from rondo_serve.api.replies import ErrorReply
 from rondo_serve.config import ServeConfig
+from rondo_serve.governed import Governance
 from rondo_serve.policy import Limits
 
 POLICY = Limits(default=4, cap=8)
@@ -44,7 +45,7 @@ def app_of(script: Script | None = None, **settings: Any) -> Any:
     """An app over a fake engine, which lies at `app.state.service.engine`."""
     config = ServeConfig(**({"model": "somewhere/tiny"} | settings))
     engine = FakeEngine(POLICY, script or Script())
-    return make_app(engine, byte_tokenizer(), shape_of_a_model(), POLICY, config)
+    return make_app(engine, byte_tokenizer(), shape_of_a_model(), Governance.plain(POLICY), config)
 
 
 def client_of(script: Script | None = None, **settings: Any) -> TestClient:

@@ -68,6 +68,7 @@ class Script:
     breaks_after: int | None = None  # tokens before the stream ends in an error
     drops: bool = False  # the connection goes instead, and nothing is said
     hold_back: bool = False  # the last token comes as text only, as what may become a stop string
+    key: str | None = None  # what must be sent with every question
     asked: list[Json] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
     most_at_once: int = 0
@@ -136,6 +137,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/":
             self.answer(self.page.encode(), "text/html; charset=utf-8", csp=policy(self.page))
+        elif not self.may():
+            self.answer(b'{"error": {"message": "a key is needed"}}', status=401)
         elif self.path == "/v1/models":
             self.answer(json.dumps({"object": "list", "data": [MODEL]}).encode())
         else:
@@ -149,7 +152,9 @@ class Handler(BaseHTTPRequestHandler):
             script.at_once += 1
             script.most_at_once = max(script.at_once, script.most_at_once)
         try:
-            if script.refusal:
+            if not self.may():
+                self.answer(b'{"error": {"message": "a key is needed"}}', status=401)
+            elif script.refusal:
                 status, message, wait = script.refusal
                 body = json.dumps({"error": {"message": message}}).encode()
                 self.answer(body, status=status, retry=wait)
@@ -160,6 +165,11 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with script.lock:
                 script.at_once -= 1
+
+    def may(self) -> bool:
+        """Whether the question comes with the key."""
+        wanted = self.script.key
+        return wanted is None or self.headers["Authorization"] == f"Bearer {wanted}"
 
     def stream(self, asked: Json) -> None:
         """Send the chunks, one write each, cut in odd places as networks do."""

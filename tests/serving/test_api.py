@@ -731,7 +731,7 @@ def test_the_document_has_bodies_bounds_and_errors() -> None:
     assert schemas["ChatBody"]["additionalProperties"] is False
     assert schemas["ChatBody"]["examples"]
     responses = document["paths"][CHAT]["post"]["responses"]
-    assert set(responses) == {"200", "400", "403", "404", "408", "413", "429", "500", "503"}
+    assert set(responses) == {"200", "400", "401", "403", "404", "408", "413", "429", "500", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     refs = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert refs <= set(schemas)

@@ -25,7 +25,7 @@ from engines import (
 
 from rondo.modeling.exits_recurrent import ExitRule
 from rondo_serve.engine.engine import Engine
-from rondo_serve.policy import Limits
+from rondo_serve.policy import Allowed, Limits
 from rondo_serve.requests import Ask, Busy, Closed, Load, Receipt, Refused, Sampling
 
 PROMPT = tuple(range(10, 30))
@@ -380,11 +380,11 @@ def test_depths_are_those_of_the_policy_which_is_told_what_was_spent() -> None:
     class Half:
         spent_: list[tuple[Ask, Receipt]] = []  # noqa: RUF012
 
-        def allow(self, ask: Ask, load: Load) -> int:
+        def allow(self, ask: Ask, load: Load) -> Allowed:
             assert isinstance(load, Load)
-            return (ask.num_recurrences or 8) // 2
+            return Allowed((ask.num_recurrences or 8) // 2)
 
-        def spent(self, ask: Ask, receipt: Receipt) -> None:
+        def spent(self, ask: Ask, reason: str, receipt: Receipt) -> None:
             self.spent_.append((ask, receipt))
 
     engine = make_engine(small(), policy=Half())

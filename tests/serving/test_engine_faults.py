@@ -32,7 +32,7 @@ class Noting(Limits):
         super().__init__(default=4, cap=16)
         object.__setattr__(self, "noted", [])
 
-    def spent(self, ask: Ask, receipt: Receipt) -> None:
+    def spent(self, ask: Ask, reason: Any, receipt: Receipt) -> None:
         self.noted.append((ask.id, receipt))  # type: ignore[attr-defined]
         if self.fails:
             raise OSError("the disk is full")

@@ -20,6 +20,7 @@ from conftest import byte_tokenizer
 from rondo_serve.api.app import make_app
 from rondo_serve.config import ServeConfig
 from rondo_serve.engine.engine import Engine
+from rondo_serve.governed import Governance
 from rondo_serve.policy import Limits
 
 # A schema cannot say that a prompt and its answer must fit into the context together.
@@ -60,7 +61,7 @@ def running() -> Iterator[Running]:
     )
     engine = make_engine(small(), policy, max_queue=8, max_context=128, prefix_cache=True)
     engine.start()
-    with served(make_app(engine, byte_tokenizer(), shape, policy, config)) as url:
+    with served(make_app(engine, byte_tokenizer(), shape, Governance.plain(policy), config)) as url:
         yield Running(url, engine)
     assert engine.failure is None
 

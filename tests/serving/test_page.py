@@ -36,7 +36,7 @@ def visit(browser: Any, script: Script) -> Iterator[Open]:
     complaints: list[str] = []
     contexts = []
 
-    def opened(width: int = 1280, height: int = 900, **device: Any) -> Any:
+    def opened(width: int = 1280, height: int = 900, ready: bool = True, **device: Any) -> Any:
         size = {"width": width, "height": height}
         contexts.append(browser.new_context(viewport=size, **device))
         page = contexts[-1].new_page()
@@ -44,7 +44,8 @@ def visit(browser: Any, script: Script) -> Iterator[Open]:
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(address)
-        sync_api.expect(page.locator("#model")).to_have_text(MODEL["id"])
+        if ready:
+            sync_api.expect(page.locator("#model")).to_have_text(MODEL["id"])
         return page
 
     with serving(script) as address:
@@ -246,6 +247,29 @@ def test_a_server_that_is_gone_is_told(visit: Open) -> None:
     ask(page)
     told = page.locator(".answer .trouble").inner_text()
     assert told == "The server does not answer; is it still running?"
+
+
+def test_a_key_is_asked_for_where_one_is_needed(visit: Open, script: Script) -> None:
+    script.key = "rondo-acme.1.secret"
+    page = visit(ready=False)
+    key = page.get_by_label("Key", exact=True)
+    key.wait_for()
+    assert page.locator("#trouble").inner_text() == "A key is needed."
+    key.fill("wrong")
+    page.get_by_role("button", name="Use this key").click()
+    page.wait_for_function("!document.querySelector('#sign').hidden")
+    key.fill(script.key)
+    key.press("Enter")
+    page.wait_for_function("document.querySelector('#model').textContent")
+    assert page.locator("#sign").is_hidden()
+    assert page.locator("#trouble").is_hidden()
+    ask(page)
+    assert page.locator(".answer .token").count() > 10
+    assert script.key not in page.content()
+    # A key that was revoked meanwhile is asked for again.
+    script.key = "rondo-acme.2.secret"
+    ask(page)
+    key.wait_for()
 
 
 def test_all_can_be_done_by_keyboard(visit: Open, script: Script) -> None:

@@ -35,7 +35,7 @@ for verb in [None, *cli.commands()]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
-            code = cli.main(["--help"] if verb is None else [verb, "--help"])
+            code = cli.main(["--help"] if verb is None else [*verb.split(), "--help"])
         except SystemExit as leaving:
             code = leaving.code
     answers[verb or "rondo"] = [code, text.getvalue()]

@@ -1,21 +1,49 @@
 """Settings of `rondo serve`."""
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from pydantic import Field, field_validator, model_validator
 
 from rondo.config import Config
+from rondo_govern.efforts import EFFORTS
 
 Depth = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Favour = Literal["shallow", "even", "deep"]
-EFFORTS: tuple[str, ...] = get_args(Effort)
+Fsync = Literal["each", "interval", "off"]
 
 
-class ServeConfig(Config):
+class GovernanceConfig(Config):
+    """What answers are governed by, alike for the server and the gateway."""
+
+    policy: str | None = None
+    """Policy, YAML: tiers, risk classes, quotas, overload; it says who is given which depth, and is
+    read again when it changes."""
+    keys: str | None = None
+    """Keys that may ask, YAML, as rondo keys writes it, read again when it changes; anyone may
+    unless given."""
+    audit: str | None = None
+    """Log of what was asked and answered, JSON lines; none unless given."""
+    audit_fsync: Fsync = "interval"
+    """When a record must be on the disk: before its answer ends, within --audit-seconds, or when
+    the system likes."""
+    audit_seconds: Seconds = 1.0
+    """Seconds between two fsyncs of the log."""
+    audit_rotate: str = "100MB"
+    """Size from which on the log goes on in a new file."""
+    audit_texts: bool = False
+    """Keep prompts and answers in the log, as tokens, not their hashes alone."""
+
+    @field_validator("audit_rotate")
+    @classmethod
+    def _is_rotated(cls, value: str) -> str:
+        bytes_of(value)
+        return value
+
+
+class ServeConfig(GovernanceConfig):
     """Serve a model over HTTP as OpenAI does, with depth as a field of the request."""
 
     words: ClassVar[tuple[str, ...]] = ("model",)
@@ -103,6 +131,12 @@ class ServeConfig(Config):
                 "--min-recurrences, --num-recurrences and --max-recurrences must not fall, got "
                 + ", ".join(map(str, given))
             )
+        depths = ("num_recurrences", "efforts")
+        said = [name for name in depths if getattr(self, name) is not None]
+        said += ["min_recurrences"] if self.min_recurrences > 1 else []
+        if self.policy is not None and said:
+            flag = said[0].replace("_", "-")
+            raise ValueError(f"--policy says what --{flag} would: leave --{flag}")
         if self.default_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"--default-new-tokens {self.default_new_tokens} is beyond --max-new-tokens "

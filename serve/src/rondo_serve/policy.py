@@ -2,26 +2,51 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from rondo_serve.requests import Ask, Load, Receipt, Refused
+from rondo.modeling.exits_recurrent import ExitRule
+from rondo_govern.efforts import Effort, efforts_of
+from rondo_govern.governor import Grant
+from rondo_serve.requests import Ask, Load, Reason, Receipt, Refused
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a request is given.
+
+    Attributes:
+        depth: r: no token takes more.
+        exit: When a token leaves the loop before, or None.
+        grant: The governor's, where there is one.
+    """
+
+    depth: int
+    exit: ExitRule | None = None
+    grant: Grant | None = None
+
+    def untaken(self, ask: Ask) -> Receipt:
+        """Return the receipt of a request that was allowed and never taken."""
+        told = {"exit": self.exit, "grant": self.grant}
+        return Receipt(ask.num_recurrences, self.depth, len(ask.prompt), **told)
 
 
 class Policy(Protocol):
     """Who says what a request may spend."""
 
-    def allow(self, ask: Ask, load: Load) -> int:
-        """Return the depth r that a request is given; called on the thread of whoever asks.
+    def allow(self, ask: Ask, load: Load) -> Allowed:
+        """Return what a request is given; called on the thread of whoever asks.
 
         Raises:
-            Refused: It is given none.
+            Refused: It is given nothing.
+            Denied: Likewise, by policy or quota.
         """
+        ...
 
-    def spent(self, ask: Ask, receipt: Receipt) -> None:
+    def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
         """Take note of what a request took, once for each that was allowed, however it ended.
 
-        Called on the engine's thread; or, where the engine did not take a request that was
-        allowed, on that of whoever asked.
+        Called on the engine's thread before the end is told; or, where the engine did not take a
+        request that was allowed, on that of whoever asked.
         """
 
 
@@ -46,35 +71,29 @@ class Limits:
         """Depth of each effort."""
         return self.efforts or efforts_of(self.default, self.floor, self.cap)
 
-    def allow(self, ask: Ask, load: Load) -> int:
+    def depth_of(self, num_recurrences: int | None, effort: Effort | None) -> int:
         """Return the depth that is asked for, if it lies within the bounds.
 
         Raises:
             Refused: It does not.
         """
-        if ask.num_recurrences is None:
-            return self.depths[ask.effort] if ask.effort else self.default
-        if not self.floor <= ask.num_recurrences <= self.cap:
+        if num_recurrences is None:
+            return self.depths[effort] if effort else self.default
+        if not self.floor <= num_recurrences <= self.cap:
             raise Refused(
                 f"num_recurrences must lie between {self.floor} and {self.cap} here, got "
-                f"{ask.num_recurrences}",
+                f"{num_recurrences}",
                 "num_recurrences",
             )
-        return ask.num_recurrences
+        return num_recurrences
 
-    def spent(self, ask: Ask, receipt: Receipt) -> None:
+    def allow(self, ask: Ask, load: Load) -> Allowed:
+        """Return the depth that is asked for, and the exit.
+
+        Raises:
+            Refused: It does not lie within the bounds.
+        """
+        return Allowed(self.depth_of(ask.num_recurrences, ask.effort), ask.exit)
+
+    def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
         """Everyone may spend as much again."""
-
-
-def efforts_of(default: int, floor: int, cap: int) -> dict[str, int]:
-    """Return depths for OpenAI's efforts: medium is the default, each step doubles or halves it."""
-    wanted = {
-        "none": 1,
-        "minimal": default // 4,
-        "low": default // 2,
-        "medium": default,
-        "high": 2 * default,
-        "xhigh": 4 * default,
-        "max": cap,
-    }
-    return {effort: min(max(depth, floor), cap) for effort, depth in wanted.items()}

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rondo.modeling.exits_recurrent import ExitRule
-from rondo_serve.config import Effort
+from rondo_govern.efforts import Effort
+from rondo_govern.governor import Grant
 
 Reason = Literal["stop", "length", "time", "shutdown", "cancelled", "error"]
 
@@ -72,7 +73,8 @@ class Ask:
         max_new_tokens: Most tokens to generate.
         sampling: How they are chosen.
         stop: Strings before which the text ends.
-        key: Who asks, for the policy.
+        key: Name of the key that asks, empty where none is asked for.
+        risks: Risk classes that the request names.
     """
 
     id: str
@@ -83,7 +85,8 @@ class Ask:
     exit: ExitRule | None = None
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
-    key: str | None = None
+    key: str = ""
+    risks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Receipt:
         queued: Seconds before the engine took it up.
         first_token: Seconds from then to the first token, None if there was none.
         seconds: Seconds from asking to the end.
+        exit: When a token left the loop before `allowed`, or None.
+        tokens: The generated tokens.
+        grant: What a governor gave, None where there is none.
     """
 
     asked: int | None
@@ -133,6 +139,9 @@ class Receipt:
     queued: float = 0.0
     first_token: float | None = None
     seconds: float = 0.0
+    exit: ExitRule | None = None
+    tokens: tuple[int, ...] = ()
+    grant: Grant | None = None
 
     @property
     def new_tokens(self) -> int:

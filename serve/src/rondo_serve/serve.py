@@ -18,10 +18,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rondo.errors import UserError
+from rondo.generation import shape_of
 from rondo_serve.api.app import make_app
 from rondo_serve.api.calls import Engine, Gate
 from rondo_serve.config import ServeConfig
-from rondo_serve.engine.opening import open_engine
+from rondo_serve.engine.opening import limits_of, open_engine
+from rondo_serve.governed import Governed, govern, ruling_of, sheets_of
+from rondo_serve.governed import told as told_of_governance
 
 # After the engine has ended, for readers that are slow to take what they were sent.
 LAST_SECONDS = 5
@@ -125,6 +128,8 @@ def run(config: ServeConfig) -> None:
         UserError: The model cannot be served so, or the address cannot be had.
     """
     # The model loads for long: what can be refused before is.
+    shape = shape_of(config.model)
+    sheets = sheets_of(config, limits_of(config, shape), shape)
     with bound(config.host, config.port) as listener:
         opened = open_engine(config)
         log_to_stderr()
@@ -133,10 +138,19 @@ def run(config: ServeConfig) -> None:
             "host": listener.getsockname()[0],
         }
         config = config.model_copy(update=known)
-        app = make_app(opened.engine, opened.tokenizer, opened.shape, opened.policy, config)
-        opened.engine.start()
-        told = [*opened.told, *told_of(listener, config)]
-        serve(app, opened.engine, listener, config.grace_seconds, told)
+        engine, about = opened.engine, opened.about
+        model = config.name or Path(config.model).resolve().name, Path(config.model)
+        about |= {"weights": config.weights}
+        governance = govern(config, model, opened.limits, engine.costs, sheets, about)
+        texts = config.audit_texts
+        engine.policy = Governed(governance.governor, ruling_of(shape), texts)
+        app = make_app(engine, opened.tokenizer, opened.shape, governance, config)
+        engine.start()
+        told = [*opened.told, *told_of_governance(governance, config), *told_of(listener, config)]
+        try:
+            serve(app, engine, listener, config.grace_seconds, told)
+        finally:
+            governance.governor.close()
 
 
 def serve(
@@ -200,7 +214,7 @@ def told_of(listener: socket.socket, config: ServeConfig) -> list[str]:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     lines = [f"serving {config.name or Path(config.model).resolve().name} at http://{shown}:{port}"]
-    if not ipaddress.ip_address(host).is_loopback:
+    if config.keys is None and not ipaddress.ip_address(host).is_loopback:
         lines.append("other machines can reach it, and nothing is asked of them")
     return [*lines, "Ctrl-C ends it; a second one cuts off what runs"]
 

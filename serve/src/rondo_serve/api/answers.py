@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -241,7 +242,8 @@ def recurrence_of(ask: Ask, receipts: Sequence[Receipt]) -> dict[str, Any]:
     }
     if ask.effort is not None:
         told["effort"] = ask.effort
-    if (rule := ask.exit) is not None:
+    told |= governed_of(receipts)
+    if (rule := receipts[0].exit) is not None:
         told["exit"] = ExitReply(
             rule=rule.criterion,
             threshold=rule.threshold,
@@ -249,3 +251,20 @@ def recurrence_of(ask: Ask, receipts: Sequence[Receipt]) -> dict[str, Any]:
             check_every=rule.check_every,
         )
     return told
+
+
+def governed_of(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """Return what a policy made of a request, and its price; nothing where there is no policy."""
+    grants = [(receipt, grant) for receipt in receipts if (grant := receipt.grant) is not None]
+    if not grants or grants[0][1].policy is None:
+        return {}
+    first = grants[0][1]
+    price = sum((grant.price_of(receipt.iterations) for receipt, grant in grants), Decimal(0))
+    return {
+        "floor": first.decision.floor,
+        "tenant": first.seat.tenant,
+        "tier": first.seat.tier,
+        "risks": list(first.decision.risks),
+        "adjusted": list(first.decision.adjusted),
+        "price": format(price, "f"),
+    }

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +15,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from rondo.modeling.configuration_recurrent import RecurrentConfig
+from rondo_govern.quotas import Standing
+from rondo_govern.rules import Denied
 from rondo_serve.api import log
+from rondo_serve.api.access import key_of, risks_of
 from rondo_serve.api.answers import Kind, Teller
 from rondo_serve.api.asks import Asker, Defaults
 from rondo_serve.api.bodies import Asking, ChatBody, CompletionBody
 from rondo_serve.api.calls import Call, Engine, Gate
 from rondo_serve.api.document import Documented, answered, body_of
-from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_engine
+from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_denied, of_engine
 from rondo_serve.api.guard import Guard
 from rondo_serve.api.logprobs import Speller
 from rondo_serve.api.metrics import Metrics
@@ -34,13 +37,17 @@ from rondo_serve.api.replies import (
     Health,
     ModelList,
     ModelReply,
+    QuotaReply,
+    Spending,
+    UsageReply,
 )
 from rondo_serve.config import ServeConfig
-from rondo_serve.policy import Limits
+from rondo_serve.governed import Governance
+from rondo_serve.policy import Allowed
 from rondo_serve.requests import Ask, Busy, Closed, Finished, Refused
 
-ASKING = documented(400, 403, 404, 408, 413, 429, 500, 503)
-READING = documented(403, 503)
+ASKING = documented(400, 401, 403, 404, 408, 413, 429, 500, 503)
+READING = documented(401, 403, 503)
 
 B = TypeVar("B", bound=Asking)
 
@@ -71,7 +78,7 @@ class Service:
     engine: Engine
     asker: Asker
     speller: Speller
-    policy: Limits
+    governance: Governance
     metrics: Metrics
     gate: Gate
     # One thread: tokenizers are not made for several at once.
@@ -86,19 +93,24 @@ class Service:
         Raises:
             ApiError: It cannot be answered.
         """
+        key = None
         try:
             if self.gate.closing.is_set():
                 raise closed()
+            key = key_of(self.governance, request.headers, "generate")
             told = await read(request, body, self.asker.config.max_body, self.worker)
             loop = asyncio.get_running_loop()
             asks = await loop.run_in_executor(self.worker, asks_of, told)
-            call = Call(self.engine, asks, self._ended, keeps_texts=self.asker.config.log_prompts)
+            risks = risks_of(request.headers, told.metadata)
+            call = self._call([replace(ask, key=key, risks=risks) for ask in asks])
             try:
                 call.submit()
-            except (Refused, Busy, Closed) as error:
+            except (Refused, Denied, Busy, Closed) as error:
                 raise of_engine(error) from error
         except ApiError as error:
             outcome = outcome_of(error.status)
+            if key is not None:
+                self.governance.refuse(key, error.code or outcome, error.status)
             self.metrics.refused(outcome)
             log.write(log.line_of_refusal(error.status, outcome, error.code, self.asker.name))
             raise
@@ -111,13 +123,15 @@ class Service:
             usage=bool(told.stream_options and told.stream_options.include_usage),
             n=told.n or 1,
         )
-        headers = {
-            "x-request-id": call.id,
-            "x-rondo-recurrences-allowed": str(max(call.allowed)),
-        }
+        headers = {"x-request-id": call.id} | headers_of(call.allowed)
         if told.stream:
             return Stream(teller, headers)
         return JSONResponse(await while_there(request, teller), headers=headers)
+
+    def _call(self, asks: list[Ask]) -> Call:
+        durable = self.governance.governor.durable if self.governance.waits else None
+        keeps = self.asker.config.log_prompts
+        return Call(self.engine, asks, self._ended, keeps_texts=keeps, durable=durable)
 
     def _ended(self, call: Call, index: int, end: Finished) -> None:
         self.metrics.finished(end)
@@ -128,9 +142,17 @@ class Service:
             prompts = [self.asker.tokenizer.decode(ask.prompt) for ask in call.asks]
         log.write(log.line_of(call, self.asker.name, prompts))
 
-    def model(self) -> ModelReply:
-        """Return what is told of the model."""
-        shape, policy = self.asker.shape, self.policy
+    def model(self, request: Request) -> ModelReply:
+        """Return what is told of the model to whoever asks.
+
+        Raises:
+            ApiError: There is no key, or it does not hold.
+        """
+        shape = self.asker.shape
+        try:
+            limits = self.governance.limits_of(key_of(self.governance, request.headers))
+        except Denied as error:
+            raise of_denied(error) from error
         return ModelReply(
             id=self.asker.name,
             object="model",
@@ -139,14 +161,46 @@ class Service:
             max_model_len=self.asker.context,
             max_new_tokens=min(self.asker.config.max_new_tokens, self.asker.context - 1),
             recurrence=Depths(
-                default=policy.default,
-                min=policy.floor,
-                max=policy.cap,
-                efforts=dict(policy.depths),
+                default=limits.default,
+                min=limits.floor,
+                max=limits.cap,
+                efforts=dict(limits.depths),
                 calibrated={rule: list(of) for rule, of in (shape.exit_rules or {}).items()},
                 gate=shape.exit_gate,
             ),
         )
+
+    def usage(self, request: Request) -> UsageReply:
+        """Return what the key that asks has spent.
+
+        Raises:
+            ApiError: There is no key, or it does not hold.
+        """
+        key = key_of(self.governance, request.headers)
+        try:
+            seat, standings = self.governance.governor.standing(key)
+        except Denied as error:
+            raise of_denied(error) from error
+        quotas = [quota_of(one) for one in standings]
+        return UsageReply(key=seat.key, tenant=seat.tenant, tier=seat.tier, quotas=quotas)
+
+
+def quota_of(standing: Standing) -> QuotaReply:
+    """Return what is told of a quota."""
+    quota, told = standing.quota, {}
+    for name in ("flops", "tokens"):
+        if (limit := getattr(quota, name)) is not None:
+            spent, held = getattr(standing, name), getattr(standing, f"held_{name}")
+            told[name] = Spending(limit=limit, spent=spent, held=held)
+    return QuotaReply(window=quota.window, ends=int(standing.ends), **told)
+
+
+def headers_of(allowed: Sequence[Allowed]) -> dict[str, str]:
+    """Return the headers that tell what a request was given, before anything is generated."""
+    told = {"x-rondo-recurrences-allowed": str(max(one.depth for one in allowed))}
+    if (grant := allowed[0].grant) is not None and grant.decision.adjusted:
+        told["x-rondo-adjusted"] = ",".join(grant.decision.adjusted)
+    return told
 
 
 def outcome_of(status: int) -> str:
@@ -178,7 +232,7 @@ def make_app(
     engine: Engine,
     tokenizer: Any,
     shape: RecurrentConfig,
-    policy: Limits,
+    governance: Governance,
     config: ServeConfig,
 ) -> FastAPI:
     """Return the app over an engine that runs.
@@ -187,7 +241,7 @@ def make_app(
         engine: Who answers.
         tokenizer: The model's.
         shape: The model's config.
-        policy: What a request may spend.
+        governance: What it is governed by.
         config: The server's settings.
     """
     name = config.name or Path(config.model).resolve().name
@@ -195,14 +249,14 @@ def make_app(
         engine,
         Asker(tokenizer, shape, config, name, Defaults.of(config.model)),
         Speller(tokenizer),
-        policy,
-        Metrics(engine, policy.cap),
+        governance,
+        Metrics(engine, governance),
         Gate(),
         ThreadPoolExecutor(1, "tokenizer"),
         int(time.time()),
     )
 
-    app = Documented(policy, config, service.asker.context)
+    app = Documented(governance, config, service.asker.context)
     app.state.service = service
     handle_errors(app)
     app.add_middleware(
@@ -219,7 +273,12 @@ def make_app(
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-rondo-recurrences-allowed", "retry-after"],
+            expose_headers=[
+                "x-request-id",
+                "x-rondo-recurrences-allowed",
+                "x-rondo-adjusted",
+                "retry-after",
+            ],
         )
     route_texts(app, service)
     route_models(app, service)
@@ -253,17 +312,23 @@ def route_models(app: FastAPI, service: Service) -> None:
     """Add what tells of the model."""
 
     @app.get("/v1/models", summary="List the models: one", responses=READING)
-    async def models() -> ModelList:
-        return ModelList(data=[service.model()])
+    async def models(request: Request) -> ModelList:
+        return ModelList(data=[service.model(request)])
 
     @app.get(
-        "/v1/models/{model:path}", summary="Tell of a model", responses=documented(404, 403, 503)
+        "/v1/models/{model:path}",
+        summary="Tell of a model",
+        responses=documented(404, 401, 403, 503),
     )
-    async def model(model: str) -> ModelReply:
+    async def model(model: str, request: Request) -> ModelReply:
         if model != service.asker.name:
             message = f"there is no model {model[:200]!r} here: there is {service.asker.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
-        return service.model()
+        return service.model(request)
+
+    @app.get("/v1/usage", summary="Tell what a key has spent of its quotas", responses=READING)
+    async def usage(request: Request) -> UsageReply:
+        return service.usage(request)
 
 
 def route_operation(app: FastAPI, service: Service) -> None:
@@ -292,7 +357,8 @@ def route_operation(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses={200: text, **READING},
     )
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        key_of(service.governance, request.headers, "metrics")
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.head("/", include_in_schema=False)

@@ -113,6 +113,9 @@ class Asking(Body):
     frequency_penalty: Zero = None
     logit_bias: NoBias = None
     user: Any = None
+    metadata: Any = Field(
+        None, description="Its risk, if any, names risk classes; the rest is taken and ignored."
+    )
 
 
 class TextPart(Body):
@@ -188,7 +191,6 @@ class ChatBody(Asking):
     audio: None = None
     prediction: None = None
     web_search_options: None = None
-    metadata: Any = None
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None

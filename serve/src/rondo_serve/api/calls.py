@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rondo_govern.rules import Denied
+from rondo_serve.policy import Allowed
 from rondo_serve.requests import Ask, Busy, Closed, Deliver, Event, Finished, Load, Refused
 
 
@@ -20,8 +22,8 @@ class Engine(Protocol):
     def start(self) -> None:
         """Begin to answer."""
 
-    def submit(self, ask: Ask, deliver: Deliver) -> int:
-        """Take a request, and return the depth that it is allowed."""
+    def submit(self, ask: Ask, deliver: Deliver) -> Allowed:
+        """Take a request, and return what it is allowed."""
         ...
 
     def cancel(self, id: str) -> None:
@@ -47,7 +49,8 @@ class Call:
         asks: What is asked.
         ended: Called on the loop with each `Finished` of a call that was taken, also where nobody
             reads any more.
-        allowed: The depth that each ask was given.
+        durable: Waits until what was recorded is on the disk, where an end waits for that.
+        allowed: What each ask was given.
         finished: The ends that have come, by index.
         keeps_texts: Whether the answers' texts are kept, for the log.
         texts: Their pieces, by index.
@@ -56,7 +59,8 @@ class Call:
     engine: Engine
     asks: Sequence[Ask]
     ended: Callable[["Call", int, Finished], None]
-    allowed: list[int] = field(default_factory=list)
+    durable: Callable[[], None] | None = None
+    allowed: list[Allowed] = field(default_factory=list)
     finished: dict[int, Finished] = field(default_factory=dict)
     keeps_texts: bool = False
     texts: dict[int, list[str]] = field(default_factory=dict)
@@ -81,13 +85,14 @@ class Call:
 
         Raises:
             Refused: One of them can never be served.
+            Denied: The policy does not allow one of them.
             Busy: The queue does not take all of them.
             Closed: The engine takes no more.
         """
         for index, ask in enumerate(self.asks):
             try:
                 self.allowed.append(self.engine.submit(ask, self._deliver(index)))
-            except (Refused, Busy, Closed):
+            except (Refused, Denied, Busy, Closed):
                 # What becomes of the others is not told: the request counts once, as refused.
                 self._refused = True
                 self.cancel()
@@ -114,7 +119,10 @@ class Call:
                 continue
             while not self._events.empty():
                 batch.append(self._events.get_nowait())
-            left -= sum(isinstance(event, Finished) for _, event in batch)
+            ended = sum(isinstance(event, Finished) for _, event in batch)
+            if ended and self.durable is not None:
+                await self._loop.run_in_executor(None, self.durable)
+            left -= ended
             yield batch
 
     def _deliver(self, index: int) -> Callable[[Event], None]:

@@ -8,7 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from rondo_serve.api.bodies import ChatBody, CompletionBody
 from rondo_serve.config import ServeConfig
-from rondo_serve.policy import Limits
+from rondo_serve.governed import Governance
 
 REF = "#/components/schemas/{model}"
 HEADERS = {
@@ -16,6 +16,10 @@ HEADERS = {
     "x-rondo-recurrences-allowed": {
         "schema": {"type": "integer"},
         "description": "Depth r that was given.",
+    },
+    "x-rondo-adjusted": {
+        "schema": {"type": "string"},
+        "description": "What made it another than the one asked for, with commas between.",
     },
 }
 DESCRIPTION = (
@@ -28,13 +32,13 @@ class Documented(FastAPI):
     """An app whose document has the bodies of its requests, with this server's bounds.
 
     Args:
-        policy: Bounds of depth.
+        governance: Bounds of depth.
         config: Other bounds.
         context: Tokens of prompt and answer together.
         **more: What FastAPI takes.
     """
 
-    def __init__(self, policy: Limits, config: ServeConfig, context: int, **more: Any):
+    def __init__(self, governance: Governance, config: ServeConfig, context: int, **more: Any):
         super().__init__(
             title="Rondo",
             version="1",
@@ -47,11 +51,14 @@ class Documented(FastAPI):
         )
         most = min(config.max_new_tokens, context - 1)
         self._bounds = {
-            "num_recurrences": (policy.floor, policy.cap),
             "max_tokens": (1, most),
             "max_completion_tokens": (1, most),
             "n": (1, config.max_choices),
         }
+        # A policy takes any depth, and gives what it may.
+        if governance.rules is None:
+            limits = governance.limits
+            self._bounds["num_recurrences"] = (limits.floor, limits.cap)
 
     def openapi(self) -> dict[str, Any]:
         """Return the document."""

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
+from rondo_govern.rules import Denied
 from rondo_serve.api.bodies import UNSUPPORTED, ExitBody
 from rondo_serve.api.replies import ErrorReply
 from rondo_serve.requests import Busy, Closed, Refused
 
 RETRY_CLOSED = 5
-KINDS = {403: "permission_error", 429: "rate_limit_error"}
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 NESTED: dict[str, type[BaseModel]] = {"exit": ExitBody}
 # Names of the ways a value may be written, which pydantic puts into the path of an error.
 BRANCHES = ("str", "list", "constrained-str", "function", "float", "int", "dict", "none")
@@ -68,16 +69,28 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def of_engine(error: Refused | Busy | Closed) -> ApiError:
+def of_engine(error: Refused | Denied | Busy | Closed) -> ApiError:
     """Return the answer to a request that the engine did not take."""
     match error:
         case Refused():
             return ApiError(400, str(error), error.param)
+        case Denied():
+            return of_denied(error)
         case Busy():
             wait = {"retry-after": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=wait)
         case _:
             return closed()
+
+
+def of_denied(error: Denied) -> ApiError:
+    """Return the answer to a request that policy, key or quota does not allow."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return ApiError(error.status, str(error), error.param, error.code, headers)
 
 
 def closed() -> ApiError:
@@ -169,11 +182,13 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what the OpenAPI document says of errors."""
     told = {
         400: "The request is wrong: the message says what and where.",
-        403: "A page of another origin asked, or the server was called by another name.",
+        401: "A key is needed, or the one that was sent does not hold.",
+        403: "A page of another origin asked, the server was called by another name, or the policy "
+        "does not allow it.",
         404: "There is no such model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
-        429: "The queue is full: ask again after Retry-After seconds.",
+        429: "The queue is full, or a quota is spent: ask again after Retry-After seconds.",
         500: "The server made a mistake.",
         503: "The server shuts down, has failed, or holds too many requests.",
     }

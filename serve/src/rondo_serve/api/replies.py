@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from rondo_govern.rules import Adjustment
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -42,6 +44,14 @@ class RecurrenceReply(BaseModel):
     by_depth: dict[str, int] = Field(description="Generated tokens by the iterations they took.")
     iterations: int = Field(description="Iterations of all tokens, those of the prompt too.")
     flops: float = Field(description="FLOPs executed.")
+    floor: int | None = Field(None, description="Iterations that each token took at least.")
+    tenant: str | None = Field(None, description="Who pays.")
+    tier: str | None = Field(None, description="The policy's tier.")
+    risks: list[str] | None = Field(None, description="Risk classes that applied.")
+    adjusted: list[Adjustment] | None = Field(
+        None, description="What made the depth another than the one asked for."
+    )
+    price: str | None = Field(None, description="Price of all iterations, as an exact decimal.")
     exit: ExitReply | None = None
     seed: int | None = Field(None, description="Seed of the draws.")
     ended_by: Literal["time", "shutdown", "cancelled"] | None = Field(
@@ -212,6 +222,32 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelReply]
+
+
+class Spending(BaseModel):
+    """What a key has spent of one quota."""
+
+    limit: float
+    spent: float
+    held: float = Field(description="What requests in flight may still spend.")
+
+
+class QuotaReply(BaseModel):
+    """A quota, and how much of it is spent."""
+
+    window: str
+    ends: int = Field(description="When it begins anew, in seconds since 1970.")
+    flops: Spending | None = None
+    tokens: Spending | None = None
+
+
+class UsageReply(BaseModel):
+    """Whose a key is, and what it has spent."""
+
+    key: str
+    tenant: str
+    tier: str
+    quotas: list[QuotaReply]
 
 
 class Health(BaseModel):

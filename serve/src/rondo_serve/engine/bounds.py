@@ -8,8 +8,10 @@ import torch
 
 from rondo.memory import READOUT_COPIES
 from rondo.modeling.configuration_recurrent import RecurrentConfig
+from rondo.modeling.exits_recurrent import ExitRule
 from rondo_serve.config import Favour
 from rondo_serve.engine.arena import Arena
+from rondo_serve.policy import Allowed
 from rondo_serve.requests import Ask, Refused
 
 # Logits divided by less may leave the range of numbers.
@@ -63,13 +65,13 @@ def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check(
-    ask: Ask, depth: int, config: RecurrentConfig, settings: EngineSettings, arena: Arena
+    ask: Ask, allowed: Allowed, config: RecurrentConfig, settings: EngineSettings, arena: Arena
 ) -> None:
     """Refuse what can never be served.
 
     Args:
         ask: What is asked for.
-        depth: Depth that the policy allowed.
+        allowed: What the policy gave it.
         config: The model's.
         settings: The engine's.
         arena: Where keys and values would lie.
@@ -78,6 +80,7 @@ def check(
         Refused: It cannot.
     """
     length, most = len(ask.prompt) + ask.max_new_tokens, settings.max_context
+    depth, rule = allowed.depth, allowed.exit
     _check_values(ask, config.vocab_size)
     if length > most:
         raise Refused(
@@ -90,9 +93,10 @@ def check(
             f"num_recurrences {depth} is beyond the model's cap of {config.max_recurrences}",
             "num_recurrences",
         )
-    if ask.exit is not None and ask.exit.criterion == "gate" and not config.exit_gate:
+    if rule is not None and rule.criterion == "gate" and not config.exit_gate:
         raise Refused("the model has no exit gate: take another rule", "exit")
-    _check_readouts(ask, config.vocab_size, settings.readout_bytes)
+    if rule is not None and rule.reads_logits:
+        _check_readouts(len(ask.prompt), rule, config.vocab_size, settings.readout_bytes)
     if (needed := arena.shape.pages_for(length - 1, depth)) > arena.pages.total:
         raise Refused(
             f"{length} tokens at depth {depth} need {needed} pages of keys and values, and "
@@ -125,15 +129,13 @@ def _check_values(ask: Ask, vocab_size: int) -> None:
         raise Refused(f"logprobs must lie in 0..{vocab_size}", "logprobs")
 
 
-def _check_readouts(ask: Ask, vocab_size: int, room: int) -> None:
+def _check_readouts(length: int, rule: ExitRule, vocab_size: int, room: int) -> None:
     """Refuse a prompt whose logits would not fit, where each of its tokens is read out."""
-    if ask.exit is None or not ask.exit.reads_logits:
-        return
     each = READOUT_COPIES * torch.float32.itemsize * vocab_size
     most = room // each
-    if len(ask.prompt) > most:
+    if length > most:
         raise Refused(
-            f"an exit that reads logits ({ask.exit.criterion}) takes prompts of up to {most} "
-            f"tokens here, and this one has {len(ask.prompt)}: take state_distance or gate",
+            f"an exit that reads logits ({rule.criterion}) takes prompts of up to {most} tokens "
+            f"here, and this one has {length}: take state_distance or gate",
             "exit",
         )

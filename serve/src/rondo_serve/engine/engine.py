@@ -23,7 +23,7 @@ from rondo_serve.engine.bounds import EngineSettings, check, longest_context
 from rondo_serve.engine.passes import Passes
 from rondo_serve.engine.places import Places
 from rondo_serve.engine.rows import Flight, Row
-from rondo_serve.policy import Policy
+from rondo_serve.policy import Allowed, Policy
 from rondo_serve.requests import (
     Ask,
     Busy,
@@ -52,7 +52,7 @@ class Engine:
     Args:
         model: A `RecurrentForCausalLM`, which from now on is the engine's alone.
         tokenizer: Its tokenizer.
-        policy: Says what a request may spend.
+        policy: Says what a request may spend; may be replaced before the start.
         settings: What the engine may use.
         ends: Tokens that end a text.
 
@@ -69,11 +69,11 @@ class Engine:
         ends: Collection[int] = (),
     ):
         self.settings = settings
-        self._model, self._tokenizer, self._policy = model, tokenizer, policy
+        self._model, self._tokenizer, self.policy = model, tokenizer, policy
         self._ends = frozenset(ends)
-        self._costs = costs_of(model)
+        self.costs = costs_of(model)
         self._gate = model.model.exit_gate
-        self.shape = shape_of(model, self._costs)
+        self.shape = shape_of(model, self.costs)
         if settings.max_context > (most := longest_context(model.config)):
             raise Refused(f"max_context {settings.max_context} is beyond the model's {most}")
         total = settings.kv_bytes // self.shape.page_bytes - 1
@@ -107,8 +107,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="rondo-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, ask: Ask, deliver: Deliver) -> int:
-        """Take a request into the queue, and return the depth that it is allowed.
+    def submit(self, ask: Ask, deliver: Deliver) -> Allowed:
+        """Take a request into the queue, and return what it is allowed.
 
         Args:
             ask: What is asked for.
@@ -117,23 +117,24 @@ class Engine:
 
         Raises:
             Refused: It can never be served.
+            Denied: The policy does not allow it.
             Busy: The queue is full.
             Closed: The engine shuts down or has failed.
         """
-        depth = self._policy.allow(ask, self.load())
+        allowed = self.policy.allow(ask, self.load())
         try:
-            self._take(ask, depth, deliver)
+            self._take(ask, allowed, deliver)
         except (Refused, Busy, Closed):
-            self._policy.spent(ask, Receipt(ask.num_recurrences, depth, len(ask.prompt)))
+            self.policy.spent(ask, "untaken", allowed.untaken(ask))
             raise
-        return depth
+        return allowed
 
-    def _take(self, ask: Ask, depth: int, deliver: Deliver) -> None:
-        check(ask, depth, self._model.config, self.settings, self.arena)
+    def _take(self, ask: Ask, allowed: Allowed, deliver: Deliver) -> None:
+        check(ask, allowed, self._model.config, self.settings, self.arena)
         row = Row(
             ask=ask,
             deliver=deliver,
-            depth=depth,
+            allowed=allowed,
             picker=sampling.picker_of(ask.sampling),
             generator=sampling.generator_of(ask.sampling, self.passes.device),
             writer=Writer(self._tokenizer, ask.stop),
@@ -369,7 +370,7 @@ class Engine:
 
     def _bill(self, flight: Flight, took: list[int]) -> None:
         """Count what a flight took; its tokens attend to all of the row so far."""
-        row, costs, length, count = flight.row, self._costs, flight.stop, len(took)
+        row, costs, length, count = flight.row, self.costs, flight.stop, len(took)
         finish = costs.finish_flops(length)
         row.iterations += sum(took)
         row.flops += sum(took) * costs.iteration_flops(length)
@@ -424,11 +425,12 @@ class Engine:
         if reason in ("stop", "length"):
             self._failures = 0
         receipt = row.receipt(now)
-        self._tell(row, Finished(reason, row.writer.finish(), receipt))
+        # Before the end is told: what was spent is known once it is.
         try:
-            self._policy.spent(row.ask, receipt)
+            self.policy.spent(row.ask, reason, receipt)
         except Exception:  # foreign code, which must not end the others' tick
             log.exception("the policy could not take note of a request")
+        self._tell(row, Finished(reason, row.writer.finish(), receipt))
 
 
 def shape_of(model: Any, costs: Costs) -> Shape:

@@ -14,10 +14,11 @@ from rondo.errors import ProofError, UserError
 from rondo.generation import open_session, shape_of
 from rondo.memory import SPARED, Request, free_memory, in_words
 from rondo.modeling.configuration_recurrent import RecurrentConfig
-from rondo_serve.config import EFFORTS, ServeConfig, bytes_of
+from rondo_govern.efforts import EFFORTS, efforts_of
+from rondo_serve.config import ServeConfig, bytes_of
 from rondo_serve.engine.bounds import EngineSettings, longest_context
 from rondo_serve.engine.engine import Engine
-from rondo_serve.policy import Limits, efforts_of
+from rondo_serve.policy import Limits
 from rondo_serve.requests import Ask, Event, Refused, Sampling, Token
 
 # Part of what is free that keys and values may take, unless told: on a GPU the process has it for
@@ -37,8 +38,14 @@ class Opened:
     engine: Engine
     tokenizer: Any
     shape: RecurrentConfig
-    policy: Limits
+    limits: Limits
     told: tuple[str, ...]
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What decides rounding, by name."""
+        dtype = str(self.engine.shape.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "device": self.engine.passes.device.type}
 
 
 def limits_of(config: ServeConfig, shape: RecurrentConfig) -> Limits:
@@ -90,12 +97,12 @@ def open_engine(config: ServeConfig) -> Opened:
         ProofError: The engine does not answer as the model does.
     """
     shape = shape_of(config.model)
-    policy, context = limits_of(config, shape), context_of(config, shape)
+    limits, context = limits_of(config, shape), context_of(config, shape)
     tokenizer = load_tokenizer(Path(config.model))
     loading = GenerateConfig(
         model=config.model, weights=config.weights, dtype=config.dtype, device=config.device
     )
-    once = Request(depths=(policy.default,), prompt=1, new=1)
+    once = Request(depths=(limits.default,), prompt=1, new=1)
     session = open_session(loading, shape, tokenizer, once)
     model = session.model
     free = free_memory(model.device)
@@ -112,13 +119,13 @@ def open_engine(config: ServeConfig) -> Opened:
         favour=config.favour,
         max_seconds=config.max_seconds,
     )
-    plain = {depth: plain_logits(model, depth) for depth in {policy.floor, policy.default}}
+    plain = {depth: plain_logits(model, depth) for depth in {limits.floor, limits.default}}
     try:
-        engine = Engine(model, tokenizer, policy, settings, session.ends)
+        engine = Engine(model, tokenizer, limits, settings, session.ends)
         prove(engine, plain)
     except Refused as error:
         raise UserError(f"{config.model} cannot be served so: {error}") from error
-    return Opened(engine, tokenizer, shape, policy, tuple(told(engine, policy)))
+    return Opened(engine, tokenizer, shape, limits, tuple(told(engine, limits, config.policy)))
 
 
 def kv_bytes_of(asked: str | None, free: int | None, device: torch.device) -> int:
@@ -140,16 +147,17 @@ def kv_bytes_of(asked: str | None, free: int | None, device: torch.device) -> in
     return wanted
 
 
-def told(engine: Engine, policy: Limits) -> list[str]:
+def told(engine: Engine, limits: Limits, policy: str | None = None) -> list[str]:
     """Return what an operator wants to know before the first request."""
+    usual = f", {limits.default} by default" if policy is None else ""
     shape, pages = engine.shape, engine.arena.pages.total
     room = [
         f"{tokens_for(shape, pages, depth):,} tokens at r = {depth}"
-        for depth in dict.fromkeys((policy.floor, policy.default, policy.cap))
+        for depth in dict.fromkeys((limits.floor, limits.default, limits.cap))
     ]
     device, dtype = engine.passes.device.type, str(shape.dtype).removeprefix("torch.")
     return [
-        f"{dtype} on {device}; depth {policy.floor} to {policy.cap}, {policy.default} by default",
+        f"{dtype} on {device}; depth {limits.floor} to {limits.cap}{usual}",
         f"keys and values {in_words(engine.settings.kv_bytes)} in {pages:,} pages: "
         + ", ".join(room),
         f"up to {engine.settings.max_running} texts at once, "

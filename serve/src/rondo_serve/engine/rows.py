@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rondo.modeling.exits_recurrent import UNCHECKED, ExitRule
+from rondo_serve.policy import Allowed
 from rondo_serve.requests import Ask, Deliver, Receipt
 from rondo_serve.text import Writer
 
@@ -154,7 +155,7 @@ class Row:
     Attributes:
         ask: What was asked for.
         deliver: Where events go.
-        depth: r that was allowed.
+        allowed: What it was given.
         picker: How tokens are chosen.
         generator: What draws are made with.
         writer: Makes text of tokens.
@@ -174,7 +175,7 @@ class Row:
 
     ask: Ask
     deliver: Deliver
-    depth: int
+    allowed: Allowed
     picker: Any
     generator: torch.Generator | None
     writer: Writer
@@ -192,9 +193,14 @@ class Row:
     first_at: float | None = None
 
     @property
+    def depth(self) -> int:
+        """The depth r that it was given."""
+        return self.allowed.depth
+
+    @property
     def rule(self) -> ExitRule | None:
         """When its tokens leave the loop."""
-        return self.ask.exit
+        return self.allowed.exit
 
     @property
     def length(self) -> int:
@@ -234,4 +240,7 @@ class Row:
             queued=(self.admitted_at or now) - self.asked_at,
             first_token=first,
             seconds=now - self.asked_at,
+            exit=self.rule,
+            tokens=tuple(self.tokens[len(self.ask.prompt) :]),
+            grant=self.allowed.grant,
         )

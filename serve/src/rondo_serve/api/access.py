@@ -1,0 +1,57 @@
+"""Who asks: the key of a request, and the risk classes that it names."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from rondo_govern.keys import Scope
+from rondo_govern.rules import Denied
+from rondo_serve.api.errors import ApiError, of_denied
+from rondo_serve.governed import Governance
+
+RISK = "x-rondo-risk"
+
+
+def key_of(governance: Governance, headers: Mapping[str, str], scope: Scope | None = None) -> str:
+    """Return the name of the key that asks, empty where none is asked for.
+
+    Args:
+        governance: What the server is governed by.
+        headers: The request's.
+        scope: What the key must be for, None for any that holds.
+
+    Raises:
+        ApiError: There is no key, it does not hold, or it is not for that.
+    """
+    if governance.keys is None:
+        return ""
+    kind, _, secret = headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not secret:
+        message = "a key is needed: send it as the header Authorization: Bearer KEY"
+        raise of_denied(Denied(message, 401, "missing_api_key"))
+    try:
+        keyring, _ = governance.keys.value
+        key = keyring.holder(secret.strip(), time.time())
+        if scope is not None:
+            key.may(scope)
+    except Denied as error:
+        raise of_denied(error) from error
+    return key.name
+
+
+def risks_of(headers: Headers, metadata: Any) -> frozenset[str]:
+    """Return the risk classes that a request names, in its headers and in its metadata.
+
+    Raises:
+        ApiError: Its metadata's is no text.
+    """
+    # All of them: a proxy may have added one to what the client sent.
+    told = headers.getlist(RISK)
+    if isinstance(metadata, dict) and (risk := metadata.get("risk")) is not None:
+        if not isinstance(risk, str):
+            message = "metadata.risk must be the name of a risk class, or several with commas"
+            raise ApiError(400, message, "metadata.risk", "invalid_value")
+        told.append(risk)
+    return frozenset(name.strip() for one in told for name in one.split(",") if name.strip())

@@ -1,0 +1,1 @@
+"""Keys, policy, quotas and audit log in front of `vllm serve`: `rondo gateway`."""

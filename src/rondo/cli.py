@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = config.parse(cls, words, prog=f"rondo {verb}")
         quiet_libraries()
         load(where)(settings)
+        sys.stdout.flush()
     except UserError as error:
         print(f"rondo {verb}: error: {error}", file=sys.stderr)
         return 2
@@ -122,6 +123,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nrondo {verb}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever reads has read enough, as head does; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

@@ -214,8 +214,9 @@ class Governor:
             self._append("taken", **self._told(grant), **held, **want.facts)
         except AuditError as error:
             self.ledger.settle(want.id, 0.0, 0)
+            # Why is for the operator: it names files of his.
             raise Denied(
-                f"nothing is answered while the audit log cannot be written: {error}",
+                "nothing is answered while the audit log cannot be written: tell the operator",
                 status=503,
                 code="no_audit",
                 retry_after=5,

@@ -95,7 +95,8 @@ class AuditVerifyConfig(Config):
     log: tyro.conf.Positional[Word]
     """The log; those that were rotated out of it are read, too."""
     head: str | None = None
-    """Hash that its last record must have, as it was noted elsewhere."""
+    """Hash of a record that must be there, or be the one before the first, as it was noted
+    elsewhere."""
 
 
 class AuditUsageConfig(Config):

@@ -1,5 +1,6 @@
 """What an engine is asked for, and what it answers: data only, alike for every engine."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,7 +32,7 @@ class Busy(Exception):
     """
 
     def __init__(self, retry_after: float):
-        super().__init__(f"the queue is full: ask again in {retry_after:.0f} seconds")
+        super().__init__(f"the queue is full: ask again in {math.ceil(retry_after)} seconds")
         self.retry_after = retry_after
 
 

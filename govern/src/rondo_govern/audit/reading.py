@@ -178,8 +178,8 @@ def read(path: Path, since: float | None = None) -> Iterator[Record]:
 
     Args:
         path: The log's active file.
-        since: Files that ended before are left out, in seconds since 1970. Records of the first
-            file that is read may be older.
+        since: Files that ended before are left out, and need not be there, in seconds since 1970.
+            Records of the first file that is read may be older.
 
     Raises:
         Broken: A line is altered, missing, duplicated or reordered. One that was altered together
@@ -187,8 +187,8 @@ def read(path: Path, since: float | None = None) -> Iterator[Record]:
         UserError: There is no such log, or it cannot be read.
     """
     must_exist(path)
-    left = skipped(path, since)
-    chain = Chain(path, read_head(path), begun=not left)
+    left, begun = skipped(path, since)
+    chain = Chain(path, read_head(path), begun)
     for record, findings in walk(chain, path, left):
         if findings:
             raise Broken(findings[0])
@@ -354,13 +354,16 @@ def files_of(path: Path, left: Iterable[Path] = ()) -> Iterator[BinaryIO]:
                 return
 
 
-def skipped(path: Path, since: float | None) -> list[Path]:
-    """Return the files of a log that ended before a moment: another began before it."""
+def skipped(path: Path, since: float | None) -> tuple[list[Path], bool]:
+    """Return the files of a log that ended before a moment, and whether the log must be whole.
+
+    A file ended before if another began before; and what was put away did, if any began before.
+    """
     files = [*segments_of(path), path]
-    for number in range(len(files) - 1, 0, -1):
+    for number in range(len(files) - 1, -1, -1):
         if since is not None and _began(files[number]) <= since:
-            return files[:number]
-    return []
+            return files[:number], False
+    return [], True
 
 
 def _began(path: Path) -> float:

@@ -141,9 +141,7 @@ def parse_groups(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in GROUPS or names.count(name) > 1:
-            raise UserError(
-                f"--by {name!r} is nothing to sum up by once: there are {', '.join(GROUPS)}"
-            )
+            raise UserError(f"--by {name!r}: name some of {', '.join(GROUPS)}, each once")
     return names
 
 

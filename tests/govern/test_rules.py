@@ -227,3 +227,18 @@ def test_the_example(
 ) -> None:
     decision = decide(example, case)
     assert (decision.depth, decision.floor, decision.adjusted) == (depth, floor, adjusted)
+
+
+def test_one_bar_is_kept_however_often_it_is_named_and_two_are_kept_by_going_deep() -> None:
+    bars = {"a": {"tolerance": "0.5%"}, "b": {"tolerance": "0.005"}, "c": {"tolerance": "1%"}}
+    told = {
+        "version": 1,
+        "tiers": {"t": {"default": 2, "cap": 8}},
+        "risks": {name: {"escalation": {"rule": "kl", **bar}} for name, bar in bars.items()},
+    }
+    policy = Policy.model_validate(told)
+    same = decide(policy, Case("t", frozenset("ab")))
+    assert (same.depth, same.floor, same.own_exit) == (8, 2, False)
+    assert same.escalation == policy.risks["a"].escalation == policy.risks["b"].escalation
+    other = decide(policy, Case("t", frozenset("ac")))
+    assert (other.depth, other.escalation, other.own_exit) == (8, None, False)

@@ -211,7 +211,7 @@ class Idle:
     """An engine as metrics see it."""
 
     def load(self) -> Load:
-        return Load()
+        return Load(total_pages=1)
 
 
 def test_alerts_and_tables_name_metrics_that_there_are() -> None:

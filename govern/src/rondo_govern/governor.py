@@ -356,7 +356,7 @@ def restore(path: Path, ledger: Ledger, now: float) -> Iterator[dict[str, Any]]:
     """Tell a ledger what the log says was spent, and yield the requests that never ended.
 
     They were in flight when the process died. What they held counts as spent, so that dying makes
-    no quota larger.
+    no quota larger; so it does where an answer's end says that nobody knows what it took.
 
     Raises:
         UserError: The log is damaged.
@@ -366,7 +366,7 @@ def restore(path: Path, ledger: Ledger, now: float) -> Iterator[dict[str, Any]]:
         if record["kind"] == "taken":
             taken[record["id"]] = record
         elif record["kind"] == "ended" and (begun := taken.pop(record["id"], None)) is not None:
-            if record["reason"] == "lost":
+            if record["reason"] == "lost" or record.get("unmetered"):
                 hold(ledger, begun)
             elif record["iterations"]:
                 tokens = record["prompt_tokens"] + record["new_tokens"]

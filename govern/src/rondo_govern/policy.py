@@ -61,7 +61,7 @@ class Tier(Sheet):
     """Depth of a request that names none."""
     cap: Depth
     """Deepest that is given."""
-    price: Annotated[Exact, Field(ge=Decimal(0))] = Decimal(0)
+    price: Annotated[Exact, Field(ge=0)] = Decimal(0)
     """Price of a million iterations: tokens of prompts and answers times the iterations each
     took."""
     efforts: dict[Effort, Depth] = Field(default_factory=dict)
@@ -139,7 +139,8 @@ class Overload(Sheet):
 
     waiting: Annotated[int, Field(ge=1)]
     """Requests in the queue from which on this holds."""
-    keep: Annotated[Exact, Field(gt=Decimal(0), lt=Decimal(1))]
+    # pyrefly: ignore[bad-argument-type]
+    keep: Annotated[Exact, Field(gt=0, lt=1)]
     """Share of its depth that a request keeps, never below its floor."""
 
 

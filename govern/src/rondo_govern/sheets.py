@@ -109,11 +109,15 @@ def parse_sheet(shape: type[S], raw: bytes, what: str) -> S:
         told = json.dumps(yaml.load(raw, Loader=_Loader), allow_nan=False, ensure_ascii=False)
         return shape.model_validate_json(told.encode())
     except yaml.YAMLError as error:
-        raise UserError(f"{what} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{what} is no YAML: {_line(str(error))}") from error
     except RecursionError as error:
         raise UserError(f"{what} is nested too deeply") from error
     except pydantic.ValidationError as error:
-        raise UserError(f"{what} does not fit: {explain(error)}") from error
+        raise UserError(f"{what} does not fit: {_line(explain(error))}") from error
     except ValueError as error:
         # Half a surrogate pair, or a number beyond what any machine holds.
         raise UserError(f"{what} holds what is no text or number: {error}") from error
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -5,15 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import ValidationError
+
 from rondo.chat import chat_tokens
 from rondo.data import encode
 from rondo.errors import ProofError, UserError
+from rondo.flops import kv_heads_of
+from rondo.generation import shape_of
+from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.exits_recurrent import ExitRule
 from rondo_govern.audit.reading import read
 from rondo_govern.audit.records import digest_of
 from rondo_govern.settings import AuditReplayConfig
+from rondo_serve.api.asks import prompts_of
+from rondo_serve.api.bodies import ChatBody, CompletionBody
 from rondo_serve.config import ServeConfig
-from rondo_serve.engine.opening import Opened, open_engine
+from rondo_serve.engine.arena import Shape
+from rondo_serve.engine.opening import PROOF_NEW, PROOF_TOKENS, Opened, open_engine
 from rondo_serve.governed import fingerprint
 from rondo_serve.requests import Ask, Event, Finished, Sampling, Token
 
@@ -38,9 +47,9 @@ def run(config: AuditReplayConfig) -> None:
 
     Raises:
         UserError: There is no such record, or model and prompt are not those of the record.
-        ProofError: The tokens differ.
+        ProofError: The tokens differ, or the log is damaged.
     """
-    found = find(Path(config.log), config.id)
+    model, found = shape_of(config.model), find(Path(config.log), config.id)
     if fingerprint(Path(config.model)) != found.ended["model_sha256"]:
         raise UserError(
             f"{config.model} is not the model that answered: its files hash to another "
@@ -48,17 +57,21 @@ def run(config: AuditReplayConfig) -> None:
         )
     if not found.ended["new_tokens"]:
         raise UserError(f"{config.id} has no token to compare: it ended as {found.ended['reason']}")
-    opened = open_engine(settings_of(config, found))
+    sampling = {name: told for name, told in found.taken["sampling"].items() if told is not None}
+    if found.opened["device"] == "vllm" and sampling.get("temperature") != 0:
+        raise UserError(f"{config.id} was drawn by vLLM: only those of temperature 0 come again")
+    opened = open_engine(settings_of(config, model, found))
     prompt = prompt_of(config, found, opened)
-    tokens = answer(opened, ask_of(found, prompt))[: found.ended["new_tokens"]]
-    compare(config.id, found, tokens)
+    tokens = answer(opened, ask_of(found, prompt, Sampling(**sampling)))
+    compare(config.id, found, tokens[: found.ended["new_tokens"]])
 
 
 def find(log: Path, id: str) -> Recorded:
     """Return what a log tells of an answer; all of it is verified on the way.
 
     Raises:
-        UserError: It tells nothing of it, or is damaged.
+        UserError: It tells nothing of it.
+        ProofError: It is damaged.
     """
     opened: dict[str, Any] = {}
     found: Recorded | None = None
@@ -76,16 +89,31 @@ def find(log: Path, id: str) -> Recorded:
     return found
 
 
-def settings_of(config: AuditReplayConfig, found: Recorded) -> ServeConfig:
+def settings_of(config: AuditReplayConfig, model: RecurrentConfig, found: Recorded) -> ServeConfig:
     """Return the settings of an engine that rounds as the one that answered."""
     return ServeConfig(
         model=config.model,
         dtype=found.opened["dtype"],
         weights=found.opened.get("weights"),
         device=config.device,
+        kv_memory=str(kv_bytes_of(model, found)),
         max_running=1,
         prefix_cache=False,
     )
+
+
+def kv_bytes_of(model: RecurrentConfig, found: Recorded) -> int:
+    """Return the memory that an answer's keys and values take: a server may run beside it."""
+    base = model.base_config
+    width = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    sizes = model.num_prelude_layers, model.num_core_layers, model.num_coda_layers
+    shape = Shape(*sizes, kv_heads_of(base), width, torch.float32)
+    tokens = found.taken["prompt_tokens"] + found.taken["max_new_tokens"]
+    # The engine proves itself before, at the model's own depth.
+    depth = max(found.ended["allowed"], model.num_recurrences)
+    pages = shape.pages_for(max(tokens, PROOF_TOKENS + PROOF_NEW), depth)
+    # A page is given to nobody.
+    return (pages + 1) * shape.page_bytes
 
 
 def prompt_of(config: AuditReplayConfig, found: Recorded, opened: Opened) -> tuple[int, ...]:
@@ -95,21 +123,22 @@ def prompt_of(config: AuditReplayConfig, found: Recorded, opened: Opened) -> tup
         UserError: They are in neither, or are others than those that were answered.
     """
     if config.prompt is not None:
-        tokens = tokens_in(Path(config.prompt), opened.tokenizer)
+        prompts = prompts_in(Path(config.prompt), opened.tokenizer)
     elif (kept := found.taken.get("prompt")) is not None:
-        tokens = kept
+        prompts = [kept]
     else:
         raise UserError(
             f"{config.log} holds hashes only: give --prompt with the request's body, or log with "
             "--audit-texts"
         )
-    if digest_of(tokens) != found.taken["prompt_sha256"]:
-        raise UserError("the prompt is not the one that was answered: its tokens hash to another")
-    return tuple(tokens)
+    for tokens in prompts:
+        if digest_of(tokens) == found.taken["prompt_sha256"]:
+            return tuple(tokens)
+    raise UserError("the prompt is not the one that was answered: its tokens hash to another")
 
 
-def tokens_in(path: Path, tokenizer: Any) -> list[int]:
-    """Return the prompt that a file holds, as tokens, or as the body of a request.
+def prompts_in(path: Path, tokenizer: Any) -> list[list[int]]:
+    """Return the prompts that a file holds, as tokens, or as the body of a request.
 
     Raises:
         UserError: It holds none.
@@ -118,19 +147,24 @@ def tokens_in(path: Path, tokenizer: Any) -> list[int]:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the prompt {path}: {error}") from error
-    match body:
-        case list() if all(isinstance(token, int) for token in body):
-            return body
-        case {"messages": list(messages)}:
-            return chat_tokens(tokenizer, messages)
-        case {"prompt": str(text)}:
-            return encode(tokenizer, text)
-        case {"prompt": list(tokens)}:
-            return tokens
+    try:
+        match {"prompt": body} if isinstance(body, list) else body:
+            case {"messages": told}:
+                turns = ChatBody.model_validate({"messages": told}).messages
+                # As the server reads them.
+                roles = ["system" if one.role == "developer" else one.role for one in turns]
+                pairs = zip(roles, turns, strict=True)
+                plain = [{"role": role, "content": one.text} for role, one in pairs]
+                return [chat_tokens(tokenizer, plain)]
+            case {"prompt": told}:
+                texts = prompts_of(CompletionBody.model_validate({"prompt": told}).prompt)
+                return [encode(tokenizer, one) if isinstance(one, str) else one for one in texts]
+    except ValidationError:
+        pass
     raise UserError(f"{path} holds neither a list of tokens nor the body of a request")
 
 
-def ask_of(found: Recorded, prompt: tuple[int, ...]) -> Ask:
+def ask_of(found: Recorded, prompt: tuple[int, ...], sampling: Sampling) -> Ask:
     """Return what was asked, at the depth and with the exit that were given."""
     told = found.ended["exit"]
     rule = None
@@ -143,7 +177,7 @@ def ask_of(found: Recorded, prompt: tuple[int, ...]) -> Ask:
         max_new_tokens=found.taken["max_new_tokens"],
         num_recurrences=found.ended["allowed"],
         exit=rule,
-        sampling=Sampling(**found.taken["sampling"]),
+        sampling=sampling,
         stop=tuple(found.taken["stop"]),
     )
 

@@ -20,8 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rondo.errors import UserError
 from rondo.generation import shape_of
 from rondo_serve.api.app import make_app
-from rondo_serve.api.calls import Engine, Gate
-from rondo_serve.config import ServeConfig
+from rondo_serve.api.calls import Closes, Gate
+from rondo_serve.config import GatewayConfig, ServeConfig
 from rondo_serve.engine.opening import limits_of, open_engine
 from rondo_serve.governed import Governed, govern, ruling_of, sheets_of
 from rondo_serve.governed import told as told_of_governance
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        engine: Engine,
+        engine: Closes,
         gate: Gate,
         grace: float,
         told: Sequence[str] = (),
@@ -154,7 +154,7 @@ def run(config: ServeConfig) -> None:
 
 
 def serve(
-    app: Any, engine: Engine, listener: socket.socket, grace: float, told: Sequence[str]
+    app: Any, engine: Closes, listener: socket.socket, grace: float, told: Sequence[str]
 ) -> None:
     """Answer on a socket until a signal comes, then end in order."""
     settings = uvicorn.Config(
@@ -209,7 +209,7 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def told_of(listener: socket.socket, config: ServeConfig) -> list[str]:
+def told_of(listener: socket.socket, config: ServeConfig | GatewayConfig) -> list[str]:
     """Return what the operator is told of the address."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -1,9 +1,10 @@
 """The verbs that this distribution adds to the command `rondo`. Nothing here imports torch."""
 
 from rondo_govern import settings
-from rondo_serve.config import ServeConfig
+from rondo_serve.config import GatewayConfig, ServeConfig
 
 SERVE = (ServeConfig, "rondo_serve.serve:run")
+GATEWAY = (GatewayConfig, "rondo_serve.gateway.app:run")
 POLICY = {
     "check": (settings.PolicyCheckConfig, "rondo_govern.explain:run_check"),
     "explain": (settings.PolicyExplainConfig, "rondo_govern.explain:run_explain"),

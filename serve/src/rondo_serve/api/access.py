@@ -7,8 +7,10 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from rondo_govern.keys import Scope
+from rondo_govern.quotas import Standing
 from rondo_govern.rules import Denied
 from rondo_serve.api.errors import ApiError, of_denied
+from rondo_serve.api.replies import QuotaReply, Spending, UsageReply
 from rondo_serve.governed import Governance
 
 RISK = "x-rondo-risk"
@@ -55,3 +57,28 @@ def risks_of(headers: Headers, metadata: Any) -> frozenset[str]:
             raise ApiError(400, message, "metadata.risk", "invalid_value")
         told.append(risk)
     return frozenset(name.strip() for one in told for name in one.split(",") if name.strip())
+
+
+def usage_of(governance: Governance, headers: Mapping[str, str]) -> UsageReply:
+    """Return what the key that asks has spent of its quotas.
+
+    Raises:
+        ApiError: There is no key, or it does not hold.
+    """
+    key = key_of(governance, headers)
+    try:
+        seat, standings = governance.governor.standing(key)
+    except Denied as error:
+        raise of_denied(error) from error
+    quotas = [quota_of(one) for one in standings]
+    return UsageReply(key=seat.key, tenant=seat.tenant, tier=seat.tier, quotas=quotas)
+
+
+def quota_of(standing: Standing) -> QuotaReply:
+    """Return what is told of a quota."""
+    quota, told = standing.quota, {}
+    for name in ("flops", "tokens"):
+        if (limit := getattr(quota, name)) is not None:
+            spent, held = getattr(standing, name), getattr(standing, f"held_{name}")
+            told[name] = Spending(limit=limit, spent=spent, held=held)
+    return QuotaReply(window=quota.window, ends=standing.ends, **told)

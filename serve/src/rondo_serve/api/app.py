@@ -11,21 +11,19 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from rondo.modeling.configuration_recurrent import RecurrentConfig
-from rondo_govern.quotas import Standing
 from rondo_govern.rules import Denied
 from rondo_serve.api import log
-from rondo_serve.api.access import key_of, risks_of
+from rondo_serve.api.access import key_of, risks_of, usage_of
 from rondo_serve.api.answers import Kind, Teller
 from rondo_serve.api.asks import Asker, Defaults
 from rondo_serve.api.bodies import Asking, ChatBody, CompletionBody
 from rondo_serve.api.calls import Call, Engine, Gate
 from rondo_serve.api.document import Documented, answered, body_of
 from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_denied, of_engine
-from rondo_serve.api.guard import Guard
+from rondo_serve.api.guard import guard
 from rondo_serve.api.logprobs import Speller
 from rondo_serve.api.metrics import Metrics
 from rondo_serve.api.page import Page
@@ -37,8 +35,6 @@ from rondo_serve.api.replies import (
     Health,
     ModelList,
     ModelReply,
-    QuotaReply,
-    Spending,
     UsageReply,
 )
 from rondo_serve.config import ServeConfig
@@ -170,30 +166,6 @@ class Service:
             ),
         )
 
-    def usage(self, request: Request) -> UsageReply:
-        """Return what the key that asks has spent.
-
-        Raises:
-            ApiError: There is no key, or it does not hold.
-        """
-        key = key_of(self.governance, request.headers)
-        try:
-            seat, standings = self.governance.governor.standing(key)
-        except Denied as error:
-            raise of_denied(error) from error
-        quotas = [quota_of(one) for one in standings]
-        return UsageReply(key=seat.key, tenant=seat.tenant, tier=seat.tier, quotas=quotas)
-
-
-def quota_of(standing: Standing) -> QuotaReply:
-    """Return what is told of a quota."""
-    quota, told = standing.quota, {}
-    for name in ("flops", "tokens"):
-        if (limit := getattr(quota, name)) is not None:
-            spent, held = getattr(standing, name), getattr(standing, f"held_{name}")
-            told[name] = Spending(limit=limit, spent=spent, held=held)
-    return QuotaReply(window=quota.window, ends=int(standing.ends), **told)
-
 
 def headers_of(allowed: Sequence[Allowed]) -> dict[str, str]:
     """Return the headers that tell what a request was given, before anything is generated."""
@@ -259,27 +231,7 @@ def make_app(
     app = Documented(governance, config, service.asker.context)
     app.state.service = service
     handle_errors(app)
-    app.add_middleware(
-        Guard,
-        gate=service.gate,
-        most=config.max_connections,
-        host=config.host,
-        origins=config.cors_origins,
-    )
-    # What is added last comes first: pages can read what the guard answers.
-    if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=[
-                "x-request-id",
-                "x-rondo-recurrences-allowed",
-                "x-rondo-adjusted",
-                "retry-after",
-            ],
-        )
+    guard(app, service.gate, config)
     route_texts(app, service)
     route_models(app, service)
     route_operation(app, service)
@@ -328,7 +280,7 @@ def route_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/usage", summary="Tell what a key has spent of its quotas", responses=READING)
     async def usage(request: Request) -> UsageReply:
-        return service.usage(request)
+        return usage_of(service.governance, request.headers)
 
 
 def route_operation(app: FastAPI, service: Service) -> None:

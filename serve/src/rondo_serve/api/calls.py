@@ -12,7 +12,22 @@ from rondo_serve.policy import Allowed
 from rondo_serve.requests import Ask, Busy, Closed, Deliver, Event, Finished, Load, Refused
 
 
-class Engine(Protocol):
+class Loaded(Protocol):
+    """Who tells how busy it is."""
+
+    def load(self) -> Load:
+        """Return how busy it is."""
+        ...
+
+
+class Closes(Protocol):
+    """Who can be brought to an end."""
+
+    def close(self, grace: float) -> None:
+        """Take nothing more, wait `grace` seconds for what runs, cut the rest off, and stop."""
+
+
+class Engine(Loaded, Closes, Protocol):
     """Who answers: what the API needs of `rondo_serve.engine.engine.Engine`."""
 
     @property
@@ -28,13 +43,6 @@ class Engine(Protocol):
 
     def cancel(self, id: str) -> None:
         """Stop a request; it still gets its `Finished`."""
-
-    def close(self, grace: float) -> None:
-        """Take nothing more, wait `grace` seconds for what runs, cut the rest off, and stop."""
-
-    def load(self) -> Load:
-        """Return how busy it is."""
-        ...
 
 
 @dataclass

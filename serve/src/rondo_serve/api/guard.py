@@ -5,11 +5,14 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rondo_serve.api.calls import Gate
 from rondo_serve.api.errors import ApiError
+from rondo_serve.config import GatewayConfig, ServeConfig
 
 # Time that a client has to take what it is sent, a slice of a body at a time.
 SECONDS = 60.0
@@ -98,6 +101,31 @@ class Guard:
             return urlsplit(origin).netloc == host
         except ValueError:
             return False
+
+
+def guard(app: FastAPI, gate: Gate, config: ServeConfig | GatewayConfig) -> None:
+    """Let nothing reach an app but by a guard."""
+    app.add_middleware(
+        Guard,
+        gate=gate,
+        most=config.max_connections,
+        host=config.host,
+        origins=config.cors_origins,
+    )
+    # What is added last comes first: pages can read what the guard answers.
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[
+                "x-request-id",
+                "x-rondo-recurrences-allowed",
+                "x-rondo-adjusted",
+                "retry-after",
+            ],
+        )
 
 
 def is_local(host: str) -> bool:

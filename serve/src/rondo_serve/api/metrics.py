@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from rondo_serve.api.calls import Engine
+from rondo_serve.api.calls import Loaded
 from rondo_serve.governed import Governance
 from rondo_serve.requests import Finished, Load, Receipt
 
@@ -21,6 +21,9 @@ DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GAUGES = {
     "num_requests_running": ("Requests in flight.", "running"),
     "num_requests_waiting": ("Requests in the queue.", "waiting"),
+}
+# A gateway has none.
+PAGES = {
     "kv_cache_pages": ("Pages of keys and values that are held.", "pages"),
     "kv_cache_prefix_pages": ("Those held by cached prefixes only.", "cached_pages"),
     "kv_cache_total_pages": ("Pages that there are.", "total_pages"),
@@ -34,17 +37,18 @@ COUNTERS = {
 class LoadCollector(Collector):
     """Reads how busy an engine is whenever metrics are asked for."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Loaded):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """Yield the engine's gauges and counters."""
         load: Load = self._engine.load()
-        for name, (told, field) in GAUGES.items():
+        for name, (told, field) in (GAUGES | (PAGES if load.total_pages else {})).items():
             yield GaugeMetricFamily(f"rondo_{name}", told, value=getattr(load, field))
-        used = load.pages / load.total_pages if load.total_pages else 0.0
-        told = "Share of the pages that is held, 1 is all."
-        yield GaugeMetricFamily("rondo_kv_cache_usage_perc", told, value=used)
+        if load.total_pages:
+            told = "Share of the pages that is held, 1 is all."
+            used = load.pages / load.total_pages
+            yield GaugeMetricFamily("rondo_kv_cache_usage_perc", told, value=used)
         for name, (told, field) in COUNTERS.items():
             yield CounterMetricFamily(f"rondo_{name}", told, value=getattr(load, field))
 
@@ -109,7 +113,7 @@ class Metrics:
         governance: What it is governed by.
     """
 
-    def __init__(self, engine: Engine, governance: Governance):
+    def __init__(self, engine: Loaded, governance: Governance):
         self.registry = CollectorRegistry()
         self.registry.register(LoadCollector(engine))
         self.registry.register(GovernanceCollector(governance))

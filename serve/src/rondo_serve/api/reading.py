@@ -5,11 +5,10 @@ from concurrent.futures import Executor
 from typing import TypeVar
 
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
-from rondo_serve.api.bodies import Body
 from rondo_serve.api.errors import ApiError, of_validation
 
 # Time that a client has to send a body.
@@ -17,7 +16,7 @@ SECONDS = 15.0
 # Bytes of a body that is checked on the loop; a larger one takes so long that others notice.
 SMALL = 64_000
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=BaseModel)
 
 
 async def read(request: Request, body: type[B], most: int, worker: Executor) -> B:

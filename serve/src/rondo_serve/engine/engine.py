@@ -33,7 +33,6 @@ from rondo_serve.requests import (
     Finished,
     Load,
     Reason,
-    Receipt,
     Refused,
     Token,
 )

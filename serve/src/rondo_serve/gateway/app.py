@@ -8,17 +8,16 @@ import httpx
 import torch
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.middleware.cors import CORSMiddleware
 
 from rondo.flops import costs_of
 from rondo.generation import shape_of
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
-from rondo_serve.api.access import key_of
+from rondo_serve.api.access import key_of, usage_of
 from rondo_serve.api.errors import closed, handle_errors
-from rondo_serve.api.guard import Guard
+from rondo_serve.api.guard import guard
 from rondo_serve.api.replies import Health, UsageReply
+from rondo_serve.config import GatewayConfig
 from rondo_serve.gateway.service import KEY, Gateway
-from rondo_serve.gateway.settings import GatewayConfig
 from rondo_serve.governed import govern, sheets_of
 from rondo_serve.governed import told as told_of_governance
 from rondo_serve.policy import Limits
@@ -47,7 +46,7 @@ def run(config: GatewayConfig) -> None:
         about = {"dtype": "auto", "device": "vllm", "upstream": config.upstream}
         governance = govern(config, (name, directory), limits, costs, sheets, about)
         client = client_of(config.upstream, os.environ.get(KEY))
-        context = shape.max_position_embeddings
+        context = config.max_context or shape.max_position_embeddings
         gateway = Gateway(config, governance, costs, context, client, name)
         told = [*told_of_governance(governance, config), *told_of(listener, config)]
         try:
@@ -86,22 +85,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Rondo", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = gateway
     handle_errors(app)
-    app.add_middleware(
-        Guard,
-        gate=gateway.gate,
-        most=config.max_connections,
-        host=config.host,
-        origins=config.cors_origins,
-    )
-    # What is added last comes first: pages can read what the guard answers.
-    if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+    guard(app, gateway.gate, config)
     route_texts(app, gateway)
     route_operation(app, gateway)
     return app
@@ -128,7 +112,7 @@ def route_operation(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/v1/usage")
     async def usage(request: Request) -> UsageReply:
-        return gateway.usage(request)
+        return usage_of(gateway.governance, request.headers)
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")

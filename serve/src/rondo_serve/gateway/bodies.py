@@ -1,6 +1,6 @@
 """What the gateway reads of a body, and what becomes of it: all else goes on as it came."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
@@ -12,9 +12,7 @@ from rondo_serve.api.errors import ApiError
 
 FIELD = "num_recurrences"
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "repetition_penalty")
-# What a chat template adds around messages, at most.
-TEMPLATE_TOKENS = 256
-# What a template may write out longer than it came.
+# What a chat template may write out longer than it came.
 TEMPLATED = ("tools", "documents", "chat_template", "chat_template_kwargs")
 REFUSED = {
     "exit": "exits are not there behind vLLM",
@@ -39,8 +37,13 @@ class StreamOptions(Onward):
 
 
 class ChatOnward(Onward):
-    """A conversation to continue."""
+    """A conversation to continue.
 
+    Attributes:
+        around: Tokens that a chat template puts around messages, at most.
+    """
+
+    around: ClassVar[int] = 256
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1)
@@ -77,6 +80,8 @@ class ChatOnward(Onward):
 class TextOnward(ChatOnward):
     """Texts to continue."""
 
+    # Where a tokenizer puts one before a text, the quotes stand for it.
+    around: ClassVar[int] = 0
     prompt: (
         str
         | Tokens
@@ -136,7 +141,8 @@ def prompt_bound(told: ChatOnward, context: int) -> int:
     """Return how many tokens a prompt has at most: none is less than a byte of the body."""
     if any((told.model_extra or {}).get(name) for name in TEMPLATED):
         return context
-    return min(len(to_json(told)) + TEMPLATE_TOKENS, context)
+    size = len(told.model_dump_json(exclude_unset=True).encode())
+    return min(size + told.around, context)
 
 
 def onward(told: ChatOnward, depth: int, new_tokens: int, with_ids: bool) -> bytes:

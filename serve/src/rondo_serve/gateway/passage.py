@@ -82,8 +82,10 @@ class Passage:
             self.over(self)
 
     def cut(self, why: Reason) -> None:
-        """Let it go on no more."""
+        """Let it go on no more, for the first reason that there is."""
         now = asyncio.get_running_loop().time()
+        if self.until <= now:
+            return
         self.why, self.until = why, now
         if self._limit is not None:
             self._limit.reschedule(now)
@@ -182,14 +184,16 @@ class Passage:
             Cut: The request may not go on.
             ValueError: There is no last one.
         """
-        parts, rest = response.aiter_bytes(), b""
+        parts, rest, done = response.aiter_bytes(), b"", False
+        # To the end of the response, or its connection could not be used again.
         while (part := await self.within(anext(parts, None))) is not None:
             *events, rest = (rest + part).split(b"\n\n")
             for event in events:
-                if event == DONE:
-                    return
-                yield event
-        raise ValueError("the stream has no end")
+                done = done or event == DONE
+                if not done:
+                    yield event
+        if not done:
+            raise ValueError("the stream has no end")
 
     def _chunk(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
         """Take note of a chunk, and return what is told of it, None if nothing is."""

@@ -18,13 +18,14 @@ from rondo_govern.governor import Want
 from rondo_govern.rules import Denied
 from rondo_serve.api import log
 from rondo_serve.api.access import key_of, risks_of
-from rondo_serve.api.app import headers_of, outcome_of, quota_of
+from rondo_serve.api.app import headers_of, outcome_of
 from rondo_serve.api.asks import MOST_ANSWERS
 from rondo_serve.api.calls import Gate
 from rondo_serve.api.errors import ApiError, closed, of_denied, of_engine
 from rondo_serve.api.metrics import Metrics
 from rondo_serve.api.reading import read
-from rondo_serve.api.replies import Depths, UsageReply, dumped
+from rondo_serve.api.replies import Depths, dumped
+from rondo_serve.config import GatewayConfig
 from rondo_serve.gateway.answers import Answer, Books
 from rondo_serve.gateway.bodies import (
     SAMPLING,
@@ -36,7 +37,6 @@ from rondo_serve.gateway.bodies import (
     prompt_bound,
 )
 from rondo_serve.gateway.passage import BROKEN, Passage
-from rondo_serve.gateway.settings import GatewayConfig
 from rondo_serve.governed import Governance
 from rondo_serve.policy import Allowed
 from rondo_serve.requests import Ask, Busy, Load, Refused
@@ -152,7 +152,8 @@ class Gateway:
         if self.gate.closing.is_set():
             raise closed()
         check(told)
-        depth, new = depth_of(told), told.most or self.config.default_new_tokens
+        depth, default = depth_of(told), min(self.config.default_new_tokens, self.context)
+        new = told.most or default
         if new > self.config.max_new_tokens:
             message = f"{new} new tokens are beyond the {self.config.max_new_tokens} given here"
             raise ApiError(400, f"{message}: ask for fewer", "max_tokens")
@@ -319,20 +320,6 @@ class Gateway:
         for model in body["data"]:
             model["recurrence"] = dumped(depths)
         return body
-
-    def usage(self, request: Request) -> UsageReply:
-        """Return what the key that asks has spent.
-
-        Raises:
-            ApiError: There is no key, or it does not hold.
-        """
-        key = key_of(self.governance, request.headers)
-        try:
-            seat, standings = self.governance.governor.standing(key)
-        except Denied as error:
-            raise of_denied(error) from error
-        quotas = [quota_of(one) for one in standings]
-        return UsageReply(key=seat.key, tenant=seat.tenant, tier=seat.tier, quotas=quotas)
 
     # ---- notes
 

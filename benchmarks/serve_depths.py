@@ -43,7 +43,8 @@ from transformers import PreTrainedTokenizerFast
 from rondo.data import load_tokenizer
 from rondo.flops import costs_of
 from rondo.generation import load_recurrent
-from rondo_serve.engine.engine import Engine, EngineSettings, shape_of
+from rondo_serve.engine.arena import shape_of
+from rondo_serve.engine.engine import Engine, EngineSettings
 from rondo_serve.engine.passes import Passes
 from rondo_serve.engine.rows import Flight, Row
 from rondo_serve.policy import Limits

@@ -161,7 +161,7 @@ class Machine:
 
     def _ask(self, request: Request) -> None:
         try:
-            grant = self._governor.grant(request.want(len(self._waiting)))
+            (grant,) = self._governor.grant([request.want(len(self._waiting))])
         except Denied as denied:
             self._refuse(request, denied.code, denied.status)
             return

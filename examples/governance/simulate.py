@@ -17,9 +17,10 @@ from typing import Any
 
 from machine import MIDNIGHT, SLOTS, Clock, Machine, Outcome, Request, bound, work
 
-from rondo_govern.governor import FileRules, Governor, Rules, Want, open_log
+from rondo_govern.governor import FileRules, Governor, Rules, Want
 from rondo_govern.policy import Policy, Quota, Tier, read_policy
 from rondo_govern.quotas import Ledger
+from rondo_govern.reopening import open_log
 from rondo_govern.rules import Case, Decision, Seat, asked_of, floors_of, seat_of
 from rondo_govern.watch import Watched
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import EXAMPLE, asks
 
@@ -59,7 +59,7 @@ def test_columns_stand_below_each_other(capsys: Capture) -> None:
             assert all(row[at - 2 : at] == "  " and row[at] != " " for at in starts)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(asks(), st.data())
 def test_tables_say_what_is_decided(asked: tuple[Policy, Case], data: st.DataObject) -> None:
     policy, case = asked
@@ -79,6 +79,14 @@ def test_tables_say_what_is_decided(asked: tuple[Policy, Case], data: st.DataObj
             assert least <= decision.floor <= decision.depth <= most
             assert least == max(policy.risks[risk].floor, policy.tiers[case.tier].floor)
             assert most == policy.tiers[case.tier].cap
+
+
+def test_what_escalates_begins_at_the_floor() -> None:
+    policy = policy_of(
+        tiers={"t": {"default": 4, "cap": 8}}, risks={"unsure": {"escalation": {"rule": "kl"}}}
+    )
+    rows = tables(policy)["Risk classes, and the iterations that tiers give them"]
+    assert rows[1] == ("unsure", "1 to 8", "until kl is as calibrated, up to the cap")
 
 
 def test_what_is_surely_not_meant_is_warned_of() -> None:

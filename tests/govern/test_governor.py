@@ -16,9 +16,10 @@ import pytest
 from rondo.errors import UserError
 from rondo_govern.audit.log import AuditError
 from rondo_govern.audit.reading import verify
-from rondo_govern.governor import FileRules, Governor, Spent, Want, open_log
+from rondo_govern.governor import FileRules, Governor, Grant, Spent, Want
 from rondo_govern.policy import Quota, read_policy
 from rondo_govern.quotas import Ledger
+from rondo_govern.reopening import open_log
 from rondo_govern.rules import Decision, Denied, Seat
 from rondo_govern.watch import Watched
 
@@ -69,7 +70,7 @@ class Office:
         ledger = Ledger(lambda: self.now)
         how = {"fsync": "off", "clock": lambda: self.now} | how
         log = open_log(self.path, ledger, self.now, OPENED, **how)
-        governor = Governor(rules(watched), bound, ledger, log, "m" * 64)
+        governor = Governor(rules(watched), bound, ledger, log, "m" * 64, watched.value[1])
         self.governors.append(governor)
         return governor
 
@@ -124,8 +125,13 @@ def standing(governor: Governor, key: str = "acme") -> tuple[int, int, int, int]
 
 def denial(governor: Governor, asked: Want) -> Denied:
     with pytest.raises(Denied) as caught:
-        governor.grant(asked)
+        governor.grant([asked])
     return caught.value
+
+
+def given(governor: Governor, asked: Want) -> Grant:
+    (grant,) = governor.grant([asked])
+    return grant
 
 
 @pytest.fixture
@@ -154,7 +160,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Governor], Any]:
 
 def test_an_answer_is_taken_and_ended_and_the_records_say_all_of_it(office: Office) -> None:
     governor = office.start()
-    grant = governor.grant(want("a", num_recurrences=20, risks=frozenset({"high"})))
+    grant = given(governor, want("a", num_recurrences=20, risks=frozenset({"high"})))
     assert (grant.seat.tenant, grant.decision.depth, grant.decision.floor) == ("acme-corp", 8, 6)
     assert standing(governor) == (0, 0, 800, 10)
     governor.settle(grant, spent())
@@ -186,7 +192,7 @@ def test_prices_are_exact(office: Office) -> None:
     for number in range(30):
         # 0.1 has no binary fraction: thirty of them as floats are not three.
         governor.settle(
-            governor.grant(want(f"{number}", key="beta")), spent(iterations=10**6 + number)
+            given(governor, want(f"{number}", key="beta")), spent(iterations=10**6 + number)
         )
     total = governor.totals()["acme-corp", "bronze"]
     assert total.price == Decimal("3.0000435")
@@ -197,9 +203,9 @@ def test_prices_are_exact(office: Office) -> None:
 def test_totals_are_sums_by_tenant_and_tier_of_what_was_answered(office: Office) -> None:
     governor = office.start()
     for key, more in (("acme", 0), ("beta", 1), ("beta", 2), ("nobody-knows", 3)):
-        grant = governor.grant(want(f"{key}-{more}", key=key))
+        grant = given(governor, want(f"{key}-{more}", key=key))
         governor.settle(grant, spent(flops=1.0 + more, iterations=10 + more))
-    governor.settle(governor.grant(want("busy")), untaken())
+    governor.settle(given(governor, want("busy")), untaken())
     found = governor.totals()
     assert {who: total.answers for who, total in found.items()} == {
         ("acme-corp", "gold"): 1,
@@ -216,7 +222,7 @@ def test_totals_are_sums_by_tenant_and_tier_of_what_was_answered(office: Office)
 
 def test_what_the_engine_had_no_room_for_spends_nothing(office: Office) -> None:
     governor = office.start()
-    governor.settle(governor.grant(want("busy")), untaken())
+    governor.settle(given(governor, want("busy")), untaken())
     assert standing(governor) == (0, 0, 0, 0)
     (ended,) = office.records("ended")
     assert (ended["reason"], Decimal(ended["price"]), ended["new_tokens"]) == ("untaken", 0, 0)
@@ -225,7 +231,7 @@ def test_what_the_engine_had_no_room_for_spends_nothing(office: Office) -> None:
 
 def test_a_grant_is_settled_once(office: Office) -> None:
     governor = office.start()
-    grant = governor.grant(want("a"))
+    grant = given(governor, want("a"))
     governor.settle(grant, spent())
     before = standing(governor), governor.totals(), office.kinds()
     with pytest.raises(KeyError):
@@ -240,7 +246,7 @@ def test_threads_settle_each_grant_once_and_no_quota_is_overrun(office: Office) 
     def ask(name: str) -> None:
         for number in range(12):
             try:
-                grant = governor.grant(want(f"{name}-{number}", 2, 1))
+                grant = given(governor, want(f"{name}-{number}", 2, 1))
             except Denied as error:
                 denied.append(error.code)
             else:
@@ -304,7 +310,7 @@ def test_without_a_log_nothing_is_recorded_and_nothing_waits() -> None:
             return Seat(want.key, want.key), Decision(3, 1), ()
 
     governor = Governor(Same(), bound)
-    grant = governor.grant(want("a"))
+    grant = given(governor, want("a"))
     governor.settle(grant, spent())
     governor.refuse("acme", "busy", 429)
     governor.durable()
@@ -318,10 +324,10 @@ def test_without_a_log_nothing_is_recorded_and_nothing_waits() -> None:
 
 def test_another_policy_is_recorded_before_what_is_given_by_it(office: Office) -> None:
     governor = office.start()
-    first = governor.grant(want("a"))
+    first = given(governor, want("a"))
     sha256 = office.write(tiers=POLICY["tiers"] | {"gold": {"default": 6, "cap": 6}})
-    second = governor.grant(want("b"))
-    third = governor.grant(want("c"))
+    second = given(governor, want("b"))
+    third = given(governor, want("c"))
     assert [one.decision.depth for one in (first, second, third)] == [4, 6, 6]
     assert second.policy == third.policy == sha256 != first.policy
     assert office.kinds() == ["opened", "taken", "policy", "taken", "taken"]
@@ -333,11 +339,19 @@ def test_another_policy_is_recorded_before_what_is_given_by_it(office: Office) -
     assert office.records("ended")[0]["price"] == "0.00000775"
 
 
+def test_a_refusal_tells_under_which_policy(office: Office) -> None:
+    governor = office.start()
+    sha256 = office.write(currency="EUR")
+    governor.refuse("acme", "risk_beyond_tier", 403)
+    assert office.kinds() == ["opened", "policy", "refused"]
+    assert {one["policy_sha256"] for one in office.records()[1:]} == {sha256}
+
+
 def test_an_invalid_policy_is_told_once_and_recorded_never(office: Office) -> None:
     governor = office.start()
-    before = governor.grant(want("a")).policy
+    before = given(governor, want("a")).policy
     office.write(tiers={})
-    assert [governor.grant(want(f"{n}")).policy for n in range(3)] == [before] * 3
+    assert [given(governor, want(f"{n}")).policy for n in range(3)] == [before] * 3
     assert len(office.told) == 1
     assert "policy" not in office.kinds()
 
@@ -358,7 +372,7 @@ def test_a_policy_that_changes_while_it_is_read_is_not_taken_for_the_one_before(
             return given
 
     governor = office.start(Turning)
-    grant = governor.grant(want("a"))
+    grant = given(governor, want("a"))
     assert (grant.decision.depth, grant.policy) == (7, governor.rules.turned)  # type: ignore[attr-defined]
 
 
@@ -369,7 +383,7 @@ def test_nothing_is_answered_or_held_while_the_log_cannot_be_written(
     office: Office, full: Callable[[Governor], Any]
 ) -> None:
     governor = office.start()
-    held = governor.grant(want("before"))
+    held = given(governor, want("before"))
     disk = full(governor)
     denied = denial(governor, want("a"))
     assert (denied.status, denied.code, denied.retry_after) == (503, "no_audit", 5)
@@ -379,7 +393,7 @@ def test_nothing_is_answered_or_held_while_the_log_cannot_be_written(
     assert standing(governor)[2:] == (400, 10)
     disk.undo()
     # The same name may come again, and the log goes on as if nothing had been.
-    governor.settle(governor.grant(want("a")), spent())
+    governor.settle(given(governor, want("a")), spent())
     governor.settle(held, spent())
     assert office.kinds() == ["opened", "taken", "taken", "ended", "ended"]
 
@@ -393,7 +407,7 @@ def test_another_policy_that_could_not_be_recorded_is_so_with_the_next_request(
     assert denial(governor, want("a")).code == "no_audit"
     assert standing(governor) == (0, 0, 0, 0)
     disk.undo()
-    assert governor.grant(want("b")).policy == sha256
+    assert given(governor, want("b")).policy == sha256
     assert office.kinds() == ["opened", "policy", "taken"]
 
 
@@ -401,7 +415,7 @@ def test_an_end_that_could_not_be_recorded_counts_all_the_same(
     office: Office, full: Callable[[Governor], Any]
 ) -> None:
     governor = office.start()
-    grant = governor.grant(want("a"))
+    grant = given(governor, want("a"))
     disk = full(governor)
     with pytest.raises(AuditError, match="No space left"):
         governor.settle(grant, spent())
@@ -417,15 +431,83 @@ def test_an_end_that_could_not_be_recorded_counts_all_the_same(
     assert standing(again) == (400, 10, 0, 0)
 
 
+def test_an_end_that_could_not_be_recorded_is_so_before_anything_else(
+    office: Office, full: Callable[[Governor], Any]
+) -> None:
+    governor = office.start(fsync="each")
+    first, second = given(governor, want("a")), given(governor, want("b"))
+    disk = full(governor)
+    for grant in (first, second):
+        with pytest.raises(AuditError):
+            governor.settle(grant, spent())
+    with pytest.raises(AuditError, match="No space left"):
+        governor.durable()
+    assert denial(governor, want("c")).code == "no_audit"
+    disk.undo()
+    given(governor, want("d"))
+    told = [(one["kind"], one.get("id")) for one in office.records()][3:]
+    assert told == [("ended", "a"), ("ended", "b"), ("taken", "d")]
+    governor.durable()
+    # Nothing of it is lost, or counted twice.
+    office.die()
+    assert standing(office.start()) == (2 * 124 + 400, 2 * 8 + 10, 0, 0)
+    assert [one["id"] for one in office.records("ended") if one["reason"] == "lost"] == ["d"]
+
+
+# ---- several answers to one request
+
+
+def test_the_answers_of_a_request_are_granted_together_or_not_at_all(office: Office) -> None:
+    governor = office.start()
+    # Any one of them fits.
+    several = [want(f"a-{n}", 5, 35, num_recurrences=2) for n in range(3)]
+    with pytest.raises(Denied, match="may take 2400 FLOPs, and key acme may spend 2000"):
+        governor.grant(several)
+    assert standing(governor) == (0, 0, 0, 0)
+    assert office.kinds() == ["opened"]
+    several = [want(f"b-{n}", 5, 5 + n, num_recurrences=2) for n in range(3)]
+    grants = governor.grant(several)
+    assert [grant.want.id for grant in grants] == ["b-0", "b-1", "b-2"]
+    assert standing(governor) == (0, 0, 20 * 33, 33)
+    assert [one["reserved_tokens"] for one in office.records("taken")] == [10, 11, 12]
+    for grant in grants:
+        governor.settle(grant, spent())
+    assert standing(governor) == (3 * 124, 3 * 8, 0, 0)
+
+
+def test_where_the_disk_fills_up_between_two_answers_none_is_granted(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    governor = office.start()
+    log, write = governor.log, os.write
+    assert log is not None
+    room = iter([True, False, True, True])
+
+    def failing(file: int, line: bytes) -> int:
+        if file == log._file and not next(room):
+            return write(file, line[:3])
+        return write(file, line)
+
+    monkeypatch.setattr(os, "write", failing)
+    with pytest.raises(Denied) as caught:
+        governor.grant([want("a-0"), want("a-1")])
+    assert caught.value.code == "no_audit"
+    assert standing(governor) == (0, 0, 0, 0)
+    given(governor, want("b"))
+    told = [(one["kind"], one.get("id"), one.get("reason")) for one in office.records()][1:]
+    assert told == [("taken", "a-0", None), ("ended", "a-0", "untaken"), ("taken", "b", None)]
+    assert governor.totals() == {}
+
+
 # ---- a restart
 
 
 def test_a_restart_counts_what_was_spent_and_ends_once_what_was_in_flight(office: Office) -> None:
     governor = office.start(rotate_bytes=900)
-    governor.settle(governor.grant(want("ended")), spent())
-    governor.settle(governor.grant(want("busy")), untaken())
+    governor.settle(given(governor, want("ended")), spent())
+    governor.settle(given(governor, want("busy")), untaken())
     office.now += HOUR
-    flying = [governor.grant(want(f"flying-{n}", 5 + n, 3, num_recurrences=2)) for n in range(2)]
+    flying = [given(governor, want(f"flying-{n}", 5 + n, 3, num_recurrences=2)) for n in range(2)]
     before = standing(governor)
     assert before == (124, 8, 20 * 8 + 20 * 9, 17)
     office.die()
@@ -456,13 +538,13 @@ def test_a_restart_counts_what_was_spent_and_ends_once_what_was_in_flight(office
 
 def test_a_quota_that_was_spent_before_a_restart_is_spent_after_it(office: Office) -> None:
     governor = office.start()
-    governor.settle(governor.grant(want("a", 50, 20, num_recurrences=1)), spent(flops=1900.0))
+    governor.settle(given(governor, want("a", 50, 20, num_recurrences=1)), spent(flops=1900.0))
     assert denial(governor, want("b")).code == "quota_exceeded"
     office.die()
     again = office.start()
     denied = denial(again, want("b"))
     assert (denied.status, denied.code) == (429, "quota_exceeded")
-    assert again.grant(want("c", key="beta")).decision.depth == 2
+    assert given(again, want("c", key="beta")).decision.depth == 2
 
 
 @pytest.mark.parametrize(
@@ -472,7 +554,7 @@ def test_what_was_spent_in_another_window_does_not_count(
     office: Office, later: int, left: int
 ) -> None:
     governor = office.start()
-    governor.settle(governor.grant(want("a")), spent())
+    governor.settle(given(governor, want("a")), spent())
     office.die()
     office.now += later
     assert standing(office.start())[0] == left
@@ -484,7 +566,7 @@ def test_what_an_answer_took_counts_where_it_was_let_in_also_after_a_restart(
     midnight = NOON - NOON % DAY
     office.now = midnight - 120
     governor = office.start()
-    grant = governor.grant(want("a"))
+    grant = given(governor, want("a"))
     office.now = midnight + 60
     governor.settle(grant, spent())
     here = standing(governor)
@@ -494,7 +576,7 @@ def test_what_an_answer_took_counts_where_it_was_let_in_also_after_a_restart(
 
 def test_a_torn_last_line_is_cut_off_and_told(office: Office) -> None:
     governor = office.start()
-    governor.grant(want("a"))
+    given(governor, want("a"))
     office.die()
     with office.path.open("ab") as file:
         file.write(b'{"adjusted":[],"all')
@@ -507,7 +589,7 @@ def test_a_torn_last_line_is_cut_off_and_told(office: Office) -> None:
 def test_a_damaged_log_is_not_continued(office: Office, altered: str) -> None:
     governor = office.start(rotate_bytes=700)
     for number in range(4):
-        governor.settle(governor.grant(want(f"a-{number}")), spent())
+        governor.settle(given(governor, want(f"a-{number}")), spent())
     office.die()
     path = office.path if altered == "id" else office.folder / "audit.000001.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"key":"acme"', b'"key":"beta"', 1))
@@ -525,7 +607,7 @@ def test_two_processes_do_not_write_to_one_log(office: Office) -> None:
     governor = office.start()
     with pytest.raises(UserError, match="another process writes to the audit log"):
         office.start()
-    governor.grant(want("a"))
+    given(governor, want("a"))
     assert office.kinds() == ["opened", "taken"]
 
 

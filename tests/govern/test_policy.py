@@ -21,7 +21,6 @@ from rondo_govern.sheets import MOST_BYTES, parse_sheet
 STRAY = [
     None, True, False, 0, -1, 1, 3, 7, 10_001, 10**30, 0.0, 0.5, 1.0, -0.5, 5e15, "", "3", "0.5",
     "1d", "0d", "32d", "gold", "high", "kl", "x" * 70, "a b", [], [1], {}, {"floor": 1},
-    float("nan"), float("inf"),
 ]  # fmt: skip
 # What YAML is made of.
 PIECES = [
@@ -62,6 +61,7 @@ def whole(more: str) -> str:
     return f"{tier('floor: 2')}{more}\n"
 
 
+@settings(deadline=None)
 @given(sheets())
 def test_what_holds_is_read_as_it_was_written(sheet: dict[str, Any]) -> None:
     assert_holds(sheet)
@@ -93,7 +93,7 @@ def spoilt(draw: st.DrawFn) -> Any:
             case "leave":
                 del inner[last]
             case "add" if isinstance(inner, dict):
-                inner[draw(st.sampled_from(["flor", "cap", "tier", "a b", "x"]))] = draw(
+                inner[draw(st.sampled_from(["floors", "cap", "tier", "a b", "x"]))] = draw(
                     st.sampled_from(STRAY)
                 )
         if not places(sheet):
@@ -101,13 +101,14 @@ def spoilt(draw: st.DrawFn) -> Any:
     return sheet
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(spoilt())
 def test_nothing_is_taken_that_does_not_hold(sheet: Any) -> None:
     if accepted(write(sheet)) is not None:
         assert_holds(sheet)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode()))
 @example(b"\xff\xfe")
 @example(b"\0")
@@ -115,13 +116,14 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
     assert accepted(raw) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 def test_what_looks_like_yaml_is_read_or_refused(text: str) -> None:
     if (policy := accepted(text)) is not None:
         assert_holds(plain(policy))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_slips_of_the_pen_are_refused_or_hold(data: st.DataObject) -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
@@ -152,13 +154,16 @@ def test_nothing_is_given_twice(line: str) -> None:
         (tier("floor: 010"), "tiers.gold.floor: Input should be a valid integer (got '010')"),
         (tier("floor: 0x2"), "tiers.gold.floor: Input should be a valid integer (got '0x2')"),
         (tier("floor: 0:02"), "tiers.gold.floor: Input should be a valid integer (got '0:02')"),
-        (tier("flor: 1"), "tiers.gold.flor: Extra inputs are not permitted"),
+        (tier("floors: 1"), "tiers.gold.floors: Extra inputs are not permitted"),
         (tier('price: "3"'), "tiers.gold.price: must be a number, got '3'"),
         (tier("price: true"), "tiers.gold.price: must be a number, got True"),
         (tier("price: -1"), "tiers.gold.price: Input should be greater than or equal to 0"),
         (tier("price: .nan"), "tiers.gold.price: must be a number, got '.nan'"),
         (tier("price: 1e999"), "holds what is no text or number"),
+        (tier(f"quotas: [{{window: 1d, flops: 1{'0' * 400}}}]"),
+         "quotas.0.flops: Input should be a finite number"),
         (tier("efforts: {low: 9}"), "tiers.gold: effort low 9 lies outside 1 to 8"),
+        (tier("floor: 3, efforts: {low: 2}"), "tiers.gold: effort low 2 lies outside 3 to 8"),
         (tier("efforts: {low: 5}"), "effort medium (4) is shallower than low (5): give both"),
         (tier("efforts: {much: 5}"), "tiers.gold.efforts.much"),
         (tier("quotas: [{window: 1d}]"), "quotas.0: flops, tokens or both must be given"),

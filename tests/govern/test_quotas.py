@@ -32,14 +32,14 @@ def quota(window: str, flops: float | None = None, tokens: int | None = None) ->
 
 def denial(ledger: Ledger, id: str, quotas: list[Quota], flops: float, tokens: int) -> Denied:
     with pytest.raises(Denied) as caught:
-        ledger.reserve(id, "acme", quotas, flops, tokens)
+        ledger.reserve({id: (flops, tokens)}, "acme", quotas)
     return caught.value
 
 
 def test_a_request_holds_its_worst_case_until_it_has_ended() -> None:
     clock, day = Clock(), [quota("1d", flops=100.0, tokens=50)]
     ledger = Ledger(clock)
-    ledger.reserve("a", "acme", day, 60.0, 10)
+    ledger.reserve({"a": (60.0, 10)}, "acme", day)
     assert ledger.standing("acme", day) == [
         Standing(day[0], flops=0, tokens=0, held_flops=60, held_tokens=10, ends=20_001 * DAY)
     ]
@@ -51,9 +51,9 @@ def test_a_request_holds_its_worst_case_until_it_has_ended() -> None:
     )
     ledger.settle("a", 20.5, 7)
     assert ledger.standing("acme", day) == [Standing(day[0], 21, 7, 0, 0, 20_001 * DAY)]
-    ledger.reserve("b", "acme", day, 41.0, 1)
+    ledger.reserve({"b": (41.0, 1)}, "acme", day)
     # Another key has all of it.
-    ledger.reserve("c", "beta", day, 100.0, 50)
+    ledger.reserve({"c": (100.0, 50)}, "beta", day)
 
 
 def test_what_does_not_fit_a_whole_quota_is_told_so() -> None:
@@ -74,19 +74,19 @@ def test_what_does_not_fit_a_whole_quota_is_told_so() -> None:
 
 def test_whoever_has_no_key_has_one_quota_together() -> None:
     ledger, quotas = Ledger(Clock()), [quota("1h", tokens=50)]
-    ledger.reserve("a", "", quotas, 0.0, 50)
+    ledger.reserve({"a": (0.0, 50)}, "", quotas)
     with pytest.raises(Denied, match="whoever has no key has 0 left of 50 per 1h"):
-        ledger.reserve("b", "", quotas, 0.0, 1)
+        ledger.reserve({"b": (0.0, 1)}, "", quotas)
 
 
 def test_a_new_window_starts_anew_and_late_ends_count_where_they_began() -> None:
     clock, hour = Clock(), [quota("1h", tokens=50)]
     ledger = Ledger(clock)
     clock.now = NOON + 3599.9
-    ledger.reserve("a", "acme", hour, 0.0, 50)
+    ledger.reserve({"a": (0.0, 50)}, "acme", hour)
     assert denial(ledger, "b", hour, 0.0, 1).retry_after == pytest.approx(0.1)
     clock.now = NOON + 3600
-    ledger.reserve("b", "acme", hour, 0.0, 30)
+    ledger.reserve({"b": (0.0, 30)}, "acme", hour)
     ledger.settle("a", 0.0, 49)
     assert ledger.standing("acme", hour) == [
         Standing(hour[0], 0, 0, 0, 30, int(NOON) + 7200),
@@ -98,10 +98,10 @@ def test_a_new_window_starts_anew_and_late_ends_count_where_they_began() -> None
 def test_changing_quotas_keeps_what_was_spent() -> None:
     clock = Clock()
     ledger = Ledger(clock)
-    ledger.reserve("a", "acme", [], 5.0, 40)
+    ledger.reserve({"a": (5.0, 40)}, "acme", [])
     ledger.settle("a", 5.0, 40)
     clock.now += 120
-    ledger.reserve("b", "acme", [quota("1m", tokens=2)], 0.0, 2)
+    ledger.reserve({"b": (0.0, 2)}, "acme", [quota("1m", tokens=2)])
     # A window that nobody had named, then a smaller quota than what was spent already.
     assert denial(ledger, "c", [quota("90m", tokens=45)], 0.0, 4).code == "quota_exceeded"
     assert "has 0 left of 30" in str(denial(ledger, "c", [quota("1d", tokens=30)], 0.0, 4))
@@ -111,7 +111,7 @@ def test_a_restart_restores_what_the_log_tells() -> None:
     ledger, day = Ledger(Clock()), [quota("1d", tokens=50), quota("31d", flops=1e18)]
     for at, tokens in ((NOON - DAY, 100), (NOON - 60, 20), (NOON - 3600, 25)):
         ledger.restore("acme", at, 1e16, tokens)
-    ledger.reserve("a", "acme", day, 0.0, 5)
+    ledger.reserve({"a": (0.0, 5)}, "acme", day)
     assert denial(ledger, "b", day, 0.0, 1).code == "quota_exceeded"
     assert ledger.standing("acme", day)[1].flops == 30_000_000_000_000_000
 
@@ -120,12 +120,12 @@ def test_great_numbers_lose_nothing() -> None:
     ledger, month = Ledger(Clock()), [quota("31d", flops=1e24)]
     ledger.restore("acme", NOON, 1e24 - 2**30, 0)
     for number in range(3):
-        ledger.reserve(str(number), "acme", month, 2.0**28, 0)
+        ledger.reserve({str(number): (2.0**28, 0)}, "acme", month)
         ledger.settle(str(number), 1.0, 0)
     left = int(1e24) - int(1e24 - 2**30) - 3
     assert int(1e24) - ledger.standing("acme", month)[0].flops == left
     assert denial(ledger, "x", month, left + 1, 0).code == "quota_exceeded"
-    ledger.reserve("x", "acme", month, left, 0)
+    ledger.reserve({"x": (left, 0)}, "acme", month)
 
 
 def test_old_windows_are_forgotten() -> None:
@@ -133,7 +133,7 @@ def test_old_windows_are_forgotten() -> None:
     ledger = Ledger(clock)
     for number in range(3 * 31 * 24):
         clock.now = NOON + number * 3600
-        ledger.reserve("a", "acme", quotas, 0.0, 9)
+        ledger.reserve({"a": (0.0, 9)}, "acme", quotas)
         ledger.settle("a", 0.0, 8)
     kept = ledger._spendings["acme"]
     assert len(kept.minutes) == len(kept.flops) == len(kept.tokens)
@@ -147,9 +147,9 @@ def test_a_clock_that_is_set_back_reopens_no_quota() -> None:
     clock, month = Clock(), [quota("31d", tokens=50)]
     ledger = Ledger(clock)
     clock.now = begin = (NOON // LONGEST_WINDOW + 1) * LONGEST_WINDOW
-    ledger.reserve("a", "acme", month, 0.0, 50)
+    ledger.reserve({"a": (0.0, 50)}, "acme", month)
     clock.now = begin + LONGEST_WINDOW + DAY - 60
-    ledger.reserve("b", "acme", month, 0.0, 50)
+    ledger.reserve({"b": (0.0, 50)}, "acme", month)
     clock.now = begin + LONGEST_WINDOW - 60
     assert denial(ledger, "c", month, 0.0, 1).retry_after == 60
 
@@ -160,7 +160,7 @@ def test_no_thread_comes_between_what_is_left_and_what_is_held() -> None:
 
     def ask() -> None:
         try:
-            ledger.reserve("b", "acme", hour, 0.0, 30)
+            ledger.reserve({"b": (0.0, 30)}, "acme", hour)
         except Denied as denied:
             refused.append(denied.code)
 
@@ -173,7 +173,7 @@ def test_no_thread_comes_between_what_is_left_and_what_is_held() -> None:
             other.start()
             other.join(0.2)
 
-    ledger.reserve("a", "acme", Slow(hour), 0.0, 30)
+    ledger.reserve({"a": (0.0, 30)}, "acme", Slow(hour))
     other.join()
     assert refused == ["quota_exceeded"]
     assert ledger.standing("acme", hour)[0].held_tokens == 30
@@ -281,12 +281,12 @@ def test_the_ledger_is_a_plain_count_and_no_quota_is_exceeded(
             why = list(plain.codes(key, quotas, clock.now, math.ceil(flops), tokens))
             if why:
                 with pytest.raises(Denied) as caught:
-                    ledger.reserve(id, key, quotas, flops, tokens)
+                    ledger.reserve({id: (flops, tokens)}, key, quotas)
                 told = caught.value.code, caught.value.retry_after
                 # What no wait helps comes first, then the longest wait.
                 assert told == max(why, key=lambda one: math.inf if one[1] is None else one[1])
             else:
-                ledger.reserve(id, key, quotas, flops, tokens)
+                ledger.reserve({id: (flops, tokens)}, key, quotas)
                 plain.events[id] = Event(key, clock.now, math.ceil(flops), tokens, held=True)
                 for one in ledger.standing(key, quotas):
                     assert one.flops + one.held_flops <= (one.quota.flops or math.inf)

@@ -42,6 +42,7 @@ def earliest(decision: Decision, own: bool) -> int:
     return decision.floor if stops else decision.depth
 
 
+@settings(deadline=None)
 @given(asks())
 def test_depth_lies_between_the_floors_and_the_cap(asked: Asked) -> None:
     policy, case = asked
@@ -50,6 +51,7 @@ def test_depth_lies_between_the_floors_and_the_cap(asked: Asked) -> None:
     assert all(policy.risks[name].floor <= decision.floor for name in case.risks)
 
 
+@settings(deadline=None)
 @given(asks(), st.integers(1, 9))
 def test_asking_for_more_gives_no_less(asked: Asked, more: int) -> None:
     policy, case = asked
@@ -62,6 +64,7 @@ def test_asking_for_more_gives_no_less(asked: Asked, more: int) -> None:
         less = deeper
 
 
+@settings(deadline=None)
 @given(asks())
 def test_more_effort_gives_no_less(asked: Asked) -> None:
     policy, case = asked
@@ -73,6 +76,7 @@ def test_more_effort_gives_no_less(asked: Asked) -> None:
     assert [one.floor for one in found] == sorted(one.floor for one in found)
 
 
+@settings(deadline=None)
 @given(asks(), st.data(), st.booleans())
 def test_a_further_class_makes_nothing_shallower(
     asked: Asked, data: st.DataObject, own: bool
@@ -89,6 +93,7 @@ def test_a_further_class_makes_nothing_shallower(
     assert (after.tier, after.price) == (before.tier, before.price)
 
 
+@settings(deadline=None)
 @given(asks(), st.integers(0, 9))
 def test_waiting_raises_nothing(asked: Asked, more: int) -> None:
     policy, case = asked
@@ -97,6 +102,7 @@ def test_waiting_raises_nothing(asked: Asked, more: int) -> None:
     assert busier.floor <= busy.floor
 
 
+@settings(deadline=None)
 @given(asks())
 def test_the_same_answer_to_the_same_and_nothing_is_changed(asked: Asked) -> None:
     before = copy.deepcopy(asked)
@@ -104,6 +110,7 @@ def test_the_same_answer_to_the_same_and_nothing_is_changed(asked: Asked) -> Non
     assert asked == before
 
 
+@settings(deadline=None)
 @given(asks())
 def test_refused_exactly_when_a_class_needs_more_than_the_tier_gives(asked: Asked) -> None:
     policy, case = asked
@@ -115,7 +122,7 @@ def test_refused_exactly_when_a_class_needs_more_than_the_tier_gives(asked: Aske
         assert (denied.value.status, denied.value.code) == (403, "risk_beyond_tier")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(asks())
 def test_each_reason_is_true_and_none_is_left_out(asked: Asked) -> None:
     """The depth, followed by hand from what is asked to what is given."""
@@ -140,6 +147,7 @@ def test_each_reason_is_true_and_none_is_left_out(asked: Asked) -> None:
     assert (decision.depth, list(decision.adjusted)) == (depth, reasons)
 
 
+@settings(deadline=None)
 @given(asks())
 def test_an_escalation_goes_from_what_was_asked_to_deeper(asked: Asked) -> None:
     policy, case = asked
@@ -164,6 +172,7 @@ def test_an_escalation_goes_from_what_was_asked_to_deeper(asked: Asked) -> None:
     assert decision.escalation == (there.pop() if len(there) == 1 and room else None)
 
 
+@settings(deadline=None)
 @given(policies, st.text(max_size=9))
 def test_who_is_named_nowhere_is_of_the_default_tier_or_of_none(policy: Policy, key: str) -> None:
     assume(key not in policy.keys)
@@ -175,6 +184,7 @@ def test_who_is_named_nowhere_is_of_the_default_tier_or_of_none(policy: Policy, 
         assert seat_of(policy, key) == Seat(key, key, policy.tier_of_all, frozenset())
 
 
+@settings(deadline=None)
 @given(policies)
 def test_whoever_is_named_can_be_served(policy: Policy) -> None:
     for key, holder in policy.keys.items():

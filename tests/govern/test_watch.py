@@ -39,9 +39,8 @@ class Desk:
         self.changed: list[int] = []
         self.loads = 0
         path.write_text("1")
-        self.watched = Watched(
-            path, self.load, self.told.append, clock=self.clock, changed=self.changed.append
-        )
+        self.watched = Watched(path, self.load, self.told.append, clock=self.clock)
+        self.watched.changed = self.changed.append
 
     def load(self, path: Path) -> int:
         self.loads += 1
@@ -186,14 +185,35 @@ def test_a_loader_that_breaks_does_not_stop_the_looking(tmp_path: Path) -> None:
             raise RuntimeError("a fault of ours")
         return number(path)
 
-    watched = Watched(path, load, print, clock=clock)
+    told: list[str] = []
+    watched = Watched(path, load, told.append, clock=clock)
     path.write_text("broken")
     clock.now = 1.0
-    with pytest.raises(RuntimeError):
-        assert watched.value
     assert watched.value == 1
+    assert told == ["a fault of ours; the one before stays in force"]
+    assert (watched.refused, watched.failures) == ("a fault of ours", 1)
     path.write_text("22")
     clock.now = 2.0
+    assert watched.value == 22
+
+
+def test_nobody_waits_for_a_file_that_a_thread_reads(tmp_path: Path) -> None:
+    path, clock, may = tmp_path / "file", Clock(), threading.Event()
+    path.write_text("1")
+
+    def load(path: Path) -> int:
+        if (found := number(path)) > 1:
+            assert may.wait(10)
+        return found
+
+    read = threading.Event()
+    watched = Watched(path, load, print, clock=clock, waits=False)
+    watched.changed = lambda value: read.set()
+    path.write_text("22")
+    clock.now = 1.0
+    assert [watched.value for _ in range(3)] == [1, 1, 1]
+    may.set()
+    assert read.wait(10)
     assert watched.value == 22
 
 

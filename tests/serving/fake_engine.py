@@ -1,7 +1,7 @@
 """An engine without a model: answers from a script, at once or slowly, busy or failing if asked."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rondo_serve.policy import Allowed, Limits
@@ -65,19 +65,21 @@ class FakeEngine:
     def start(self) -> None:
         """There is nothing to start."""
 
-    def submit(self, ask: Ask, deliver: Deliver) -> Allowed:
+    def submit_all(self, asks: Sequence[Ask], delivers: Sequence[Deliver]) -> list[Allowed]:
         if self._closed.is_set() or self.script.failure:
             raise Closed("closed")
         if self.script.refusal is not None:
             raise self.script.refusal
-        if self.script.busy_after is not None and len(self.asked) >= self.script.busy_after:
+        most = self.script.busy_after
+        if most is not None and len(self.asked) + len(asks) > most:
             raise Busy(2.5)
-        allowed = self.policy.allow(ask, self.load())
-        self.asked.append(ask)
-        stop = self._stops[ask.id] = threading.Event()
-        thread = threading.Thread(target=self._answer, args=(ask, allowed, deliver, stop))
-        thread.start()
-        self._threads.append(thread)
+        allowed = self.policy.allow(asks, self.load())
+        for ask, deliver, given in zip(asks, delivers, allowed, strict=True):
+            self.asked.append(ask)
+            stop = self._stops[ask.id] = threading.Event()
+            thread = threading.Thread(target=self._answer, args=(ask, given, deliver, stop))
+            thread.start()
+            self._threads.append(thread)
         return allowed
 
     def cancel(self, id: str) -> None:
@@ -100,7 +102,15 @@ class FakeEngine:
 
     def load(self) -> Load:
         running = len(self._stops) - len(self.ended)
-        return Load(waiting=1, running=running, pages=3, cached_pages=1, total_pages=12, ticks=7)
+        return Load(
+            waiting=1,
+            left_over=1,
+            running=running,
+            pages=3,
+            cached_pages=1,
+            total_pages=12,
+            ticks=7,
+        )
 
     def _answer(self, ask: Ask, allowed: Allowed, deliver: Deliver, stop: threading.Event) -> None:
         depths: dict[int, int] = {}

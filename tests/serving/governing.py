@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from conftest import byte_tokenizer
 from rondo.flops import Costs, costs_of
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
+from rondo_govern.audit.log import AuditError
 from rondo_govern.audit.reading import verify
 from rondo_govern.keys import Keys, add_secret, revoke, text_of
 from rondo_serve.api.app import make_app
@@ -110,7 +111,7 @@ def governed(
     sheets = sheets_of(config, limits, shape)
     for watched in (sheets[1], sheets[0] and sheets[0].watched):
         if watched is not None:
-            watched._every = watched._next = 0.0
+            watched._every, watched._next, watched._waits = 0.0, 0.0, True
     about = {"dtype": "float64", "device": "cpu"}
     return govern(config, ("tiny", Path(config.model)), limits, costs, sheets, about)
 
@@ -152,7 +153,9 @@ def served_of(site: Site, script: Script | None = None, **settings: Any) -> Iter
     finally:
         engine.close(0.0)
         if governor.log is not None:
-            governor.log.close()
+            # A disk that failed is told of here, too.
+            with suppress(AuditError):
+                governor.log.close()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -67,7 +67,7 @@ def test_a_request_is_answered_by_its_tokens_and_one_end() -> None:
     engine = make_engine(small())
     ask = Ask("one", PROMPT, 5, 3)
     heard = Heard()
-    assert engine.submit(ask, heard) == 3
+    assert engine.submit(ask, heard).depth == 3
     assert engine.load().waiting == 1
     assert not heard.events
     finish(engine)
@@ -380,9 +380,9 @@ def test_depths_are_those_of_the_policy_which_is_told_what_was_spent() -> None:
     class Half:
         spent_: list[tuple[Ask, Receipt]] = []  # noqa: RUF012
 
-        def allow(self, ask: Ask, load: Load) -> Allowed:
+        def allow(self, asks: Sequence[Ask], load: Load) -> list[Allowed]:
             assert isinstance(load, Load)
-            return Allowed((ask.num_recurrences or 8) // 2)
+            return [Allowed((ask.num_recurrences or 8) // 2) for ask in asks]
 
         def spent(self, ask: Ask, reason: str, receipt: Receipt) -> None:
             self.spent_.append((ask, receipt))

@@ -264,12 +264,12 @@ def test_a_depth_outside_the_bounds_is_refused_and_none_is_the_default() -> None
     def asking(**fields: Any) -> Ask:
         return Ask("x", (1,), 1, **fields)
 
-    assert limits.allow(asking(), Load()).depth == 4
-    assert limits.allow(asking(effort="high"), Load()).depth == 8
-    assert limits.allow(asking(num_recurrences=2), Load()).depth == 2
+    assert limits.allow([asking()], Load())[0].depth == 4
+    assert limits.allow([asking(effort="high")], Load())[0].depth == 8
+    assert limits.allow([asking(num_recurrences=2)], Load())[0].depth == 2
     for depth in (1, 9):
         with pytest.raises(Refused, match="between 2 and 8"):
-            limits.allow(asking(num_recurrences=depth), Load())
+            limits.allow([asking(num_recurrences=depth)], Load())
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_a_token_that_was_forged_with_all_hashes_is_found(logged: Logged, tmp_pa
         ("entropy", "ended", lambda it: it.update(exit=None)),
         ("entropy", "ended", lambda it: it["exit"].update(min_recurrences=7)),
         ("penalty", "taken", lambda it: it["sampling"].update(repetition_penalty=1.0)),
-        ("stopped", "ended", lambda it: it.update(new_tokens=it["new_tokens"] - 1)),
+        ("stopped", "taken", lambda it: it.update(stop=[])),
     ],
 )
 def test_another_way_to_the_answer_is_found(
@@ -300,6 +300,29 @@ def test_another_way_to_the_answer_is_found(
         tmp_path, lambda it: alter(it) if (it.get("id"), it["kind"]) == (id, kind) else None
     )
     assert "hash to another answer than the log's" in differs(forged, id, prompt=str(path))
+
+
+@pytest.mark.parametrize("id", ["stopped", "greedy"])
+def test_an_answer_that_was_shortened_with_all_hashes_is_found(
+    logged: Logged, tmp_path: Path, id: str
+) -> None:
+    def alter(record: dict[str, Any]) -> None:
+        if record["kind"] == "ended" and record["id"] == id:
+            kept = record["output"][:-1]
+            record |= {"output": kept, "output_sha256": digest_of(kept), "new_tokens": len(kept)}
+
+    count = len(logged.tokens[id]) - 1
+    told = differs(logged.forged(tmp_path, alter), id)
+    assert told.startswith(f"{id}: of {count} tokens the first {count} are the same")
+
+
+def test_what_a_gateway_was_not_told_cannot_be_compared(logged: Logged, tmp_path: Path) -> None:
+    def alter(record: dict[str, Any]) -> None:
+        if record["kind"] == "ended":
+            record["output_sha256"] = None
+
+    told = refused(logged.forged(tmp_path, alter), "greedy")
+    assert told == "greedy cannot be compared: its tokens were not told to the log"
 
 
 # ---- the command

@@ -4,20 +4,18 @@ The same object stands in front of the embedded server and of the gateway. A req
 before anything is computed for it, and settled exactly once, however it ended.
 """
 
+import contextlib
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Protocol
 
 from rondo.errors import UserError
 from rondo_govern.audit.log import AuditError, AuditLog
-from rondo_govern.audit.reading import Broken, read
-from rondo_govern.audit.records import moment_of
 from rondo_govern.efforts import Effort
-from rondo_govern.policy import LONGEST_WINDOW, Policy, Quota
+from rondo_govern.policy import Policy, Quota, Tier
 from rondo_govern.quotas import Ledger, Standing
 from rondo_govern.rules import Case, Decision, Denied, Seat, decide, seat_of
 from rondo_govern.watch import Watched
@@ -136,6 +134,15 @@ class FileRules:
         """The policy in force."""
         return self.watched.value[0]
 
+    def tier_of(self, key: str) -> Tier:
+        """Return the tier of whoever asks with a key.
+
+        Raises:
+            Denied: It is of none.
+        """
+        policy = self.policy
+        return policy.tiers[seat_of(policy, key).tier]
+
     @property
     def sha256(self) -> str:
         """Its hash."""
@@ -179,6 +186,7 @@ class Governor:
         ledger: What keys spent.
         log: Where it is recorded, or None.
         model: SHA-256 of the model.
+        policy: SHA-256 of the policy that the log knows of; the one in force unless given.
     """
 
     def __init__(
@@ -188,32 +196,51 @@ class Governor:
         ledger: Ledger | None = None,
         log: AuditLog | None = None,
         model: str = "",
+        policy: str | None = None,
     ):
         self.rules, self.log, self._model = rules, log, model
         self.ledger = ledger or Ledger()
         self._bound = bound
         self._lock = threading.Lock()
-        self._sha256 = rules.sha256
+        # Ends that are not in the log yet; no answer begins before they are.
+        self._unwritten: deque[dict[str, Any]] = deque()
+        self._writing = threading.RLock()
+        self._sha256 = policy or rules.sha256
         self._totals: dict[tuple[str, str], Totals] = defaultdict(Totals)
         self._denied: Counter[tuple[str, str]] = Counter()
 
-    def grant(self, want: Want) -> Grant:
-        """Give an answer its depth, and hold what it may spend.
+    def grant(self, wants: Sequence[Want]) -> list[Grant]:
+        """Give the answers of a request their depth, and hold what they may spend: all, or none.
+
+        Args:
+            wants: What is asked for; of one request, so alike in all that decides.
 
         Raises:
-            Denied: It is given nothing, now or ever.
+            Denied: They are given nothing, now or ever.
         """
-        policy, (seat, decision, quotas) = self._given(want)
-        grant = Grant(want, seat, decision, policy)
-        flops = self._bound(decision, want)
-        tokens = want.prompt_tokens + want.new_tokens
-        self.ledger.reserve(want.id, seat.key, quotas, flops, tokens)
-        held = {"reserved_flops": flops, "reserved_tokens": tokens}
+        policy, (seat, decision, quotas) = self._given(wants[0])
+        grants = [Grant(want, seat, decision, policy) for want in wants]
+        holds = {
+            want.id: (self._bound(decision, want), want.prompt_tokens + want.new_tokens)
+            for want in wants
+        }
+        self.ledger.reserve(holds, seat.key, quotas)
+        recorded: list[Grant] = []
         try:
             self._note(policy)
-            self._append("taken", **self._told(grant), **held, **want.facts)
-        except AuditError as error:
-            self.ledger.settle(want.id, 0.0, 0)
+            for grant in grants:
+                flops, tokens = holds[grant.want.id]
+                held = {"reserved_flops": flops, "reserved_tokens": tokens}
+                self._append("taken", **self._told(grant), **held, **grant.want.facts)
+                recorded.append(grant)
+        except BaseException as error:
+            for grant in grants:
+                self.ledger.settle(grant.want.id, 0.0, 0)
+            for grant in recorded:
+                with contextlib.suppress(AuditError):
+                    self._end(grant, Spent("untaken"))
+            if not isinstance(error, AuditError):
+                raise
             # Why is for the operator: it names files of his.
             raise Denied(
                 "nothing is answered while the audit log cannot be written: tell the operator",
@@ -221,16 +248,16 @@ class Governor:
                 code="no_audit",
                 retry_after=5,
             ) from error
-        return grant
+        return grants
 
     def settle(self, grant: Grant, spent: Spent) -> None:
         """Take note of what an answer took, once for each grant.
 
         Raises:
-            AuditError: It could not be recorded; quotas and totals know it all the same.
+            AuditError: It could not be recorded yet; it is before anything else is, and quotas and
+                totals know it already.
         """
         self.ledger.settle(grant.want.id, spent.flops, spent.tokens)
-        price = grant.price_of(spent.iterations)
         # What the engine had no room for is no answer.
         if spent.reason != "untaken":
             with self._lock:
@@ -240,29 +267,34 @@ class Governor:
                 total.new_tokens += spent.new_tokens
                 total.iterations += spent.iterations
                 total.flops += spent.flops
-                total.price += price
+                total.price += grant.price_of(spent.iterations)
+        self._end(grant, spent)
+
+    def _end(self, grant: Grant, spent: Spent) -> None:
         told = {
             "reason": spent.reason,
             "depths": {str(depth): spent.depths[depth] for depth in sorted(spent.depths)},
             "iterations": spent.iterations,
-            "prompt_tokens": spent.prompt_tokens,
+            "prompt_tokens": spent.prompt_tokens or grant.want.prompt_tokens,
             "cached_tokens": spent.cached_tokens,
             "new_tokens": spent.new_tokens,
             "flops": spent.flops,
-            "price": format(price, "f"),
+            "price": format(grant.price_of(spent.iterations), "f"),
             "prompt_sha256": grant.want.facts.get("prompt_sha256"),
         }
         self._append("ended", **{**self._told(grant), **told, **spent.facts})
 
     def refuse(self, key: str, code: str, status: int) -> None:
         """Take note of a request with a good key that was refused."""
+        policy = self.rules.sha256
         try:
-            seat, *_ = self.rules.give(Want("", 0, 0, key))
+            policy, (seat, *_) = self._given(Want("", 0, 0, key))
         except Denied:
             seat = Seat(key, key)
         with self._lock:
             self._denied[seat.tenant, code] += 1
-        told = {"key": seat.key, "tenant": seat.tenant, "tier": seat.tier}
+        self._note(policy)
+        told = {"key": seat.key, "tenant": seat.tenant, "tier": seat.tier, "policy_sha256": policy}
         self._append("refused", **told, code=code, status=status)
 
     def standing(self, key: str) -> tuple[Seat, list[Standing]]:
@@ -285,9 +317,14 @@ class Governor:
             return dict(self._denied)
 
     def durable(self) -> None:
-        """Wait until all that was recorded is on the disk, where the operator wants to wait."""
+        """Wait until all that has ended is recorded and on the disk, where that is waited for.
+
+        Raises:
+            AuditError: It cannot be recorded.
+        """
         if self.log is not None:
-            self.log.durable(self.log.head[0])
+            self._write()
+            self.log.durable(self.log.head.seq)
 
     def close(self) -> None:
         """End the log in order.
@@ -328,9 +365,35 @@ class Governor:
                 self._append("policy", policy_sha256=sha256)
                 self._sha256 = sha256
 
+    def note(self, kind: str, **fields: Any) -> None:
+        """Record what changed, as keys that took effect.
+
+        Raises:
+            AuditError: It could not be recorded.
+        """
+        self._append(kind, **fields)
+
     def _append(self, kind: str, **fields: Any) -> None:
-        if self.log is not None:
-            self.log.append(kind, **fields)
+        """Record something, after all ends that could not be before; an end is kept until it can.
+
+        Raises:
+            AuditError: It could not be recorded.
+        """
+        if self.log is None:
+            return
+        with self._writing:
+            if kind == "ended":
+                self._unwritten.append(fields)
+            self._write()
+            if kind != "ended":
+                self.log.append(kind, **fields)
+
+    def _write(self) -> None:
+        with self._writing:
+            while self._unwritten:
+                assert self.log is not None
+                self.log.append("ended", **self._unwritten[0])
+                self._unwritten.popleft()
 
     def _told(self, grant: Grant) -> dict[str, Any]:
         want, seat, decision = grant.want, grant.seat, grant.decision
@@ -350,77 +413,3 @@ class Governor:
             "policy_sha256": grant.policy,
             "model_sha256": self._model,
         }
-
-
-def restore(path: Path, ledger: Ledger, now: float) -> Iterator[dict[str, Any]]:
-    """Tell a ledger what the log says was spent, and yield the requests that never ended.
-
-    They were in flight when the process died. What they held counts as spent, so that dying makes
-    no quota larger; so it does where an answer's end says that nobody knows what it took.
-
-    Raises:
-        UserError: The log is damaged.
-    """
-    taken: dict[str, dict[str, Any]] = {}
-    for record in read(path, since=now - LONGEST_WINDOW):
-        if record["kind"] == "taken":
-            taken[record["id"]] = record
-        elif record["kind"] == "ended" and (begun := taken.pop(record["id"], None)) is not None:
-            if record["reason"] == "lost" or record.get("unmetered"):
-                hold(ledger, begun)
-            elif record["iterations"]:
-                tokens = record["prompt_tokens"] + record["new_tokens"]
-                ledger.restore(record["key"], moment_of(begun), record["flops"], tokens)
-    for begun in taken.values():
-        hold(ledger, begun)
-        yield begun
-
-
-def hold(ledger: Ledger, taken: Mapping[str, Any]) -> None:
-    """Count all that a request might have spent."""
-    held = taken["reserved_flops"], taken["reserved_tokens"]
-    ledger.restore(taken["key"], moment_of(taken), *held)
-
-
-def lost(taken: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the record that ends a request whose process died."""
-    own = ("id", "key", "tenant", "tier", "risks", "asked", "effort", "allowed", "floor")
-    told = {name: taken[name] for name in (*own, "adjusted", "prompt_sha256", "policy_sha256")}
-    nothing = {"iterations": 0, "cached_tokens": 0, "new_tokens": 0, "flops": 0.0, "price": "0"}
-    return {
-        **told,
-        **nothing,
-        "reason": "lost",
-        "depths": {},
-        "prompt_tokens": taken["prompt_tokens"],
-        "model_sha256": taken["model_sha256"],
-        "seed": taken.get("sampling", {}).get("seed"),
-        "output_sha256": None,
-    }
-
-
-def open_log(
-    path: Path, ledger: Ledger, now: float, opened: Mapping[str, Any], **how: Any
-) -> AuditLog:
-    """Open a log, restore quotas from it, and end what a dead process left open.
-
-    Args:
-        path: The log.
-        ledger: Whose quotas are restored.
-        now: Seconds since 1970.
-        opened: What the first record of this process tells.
-        how: Of `AuditLog.open`.
-
-    Raises:
-        UserError: It is damaged, another process has it, or it cannot be written.
-    """
-    log = AuditLog.open(path, **how)
-    try:
-        left = list(restore(path, ledger, now))
-        log.append("opened", **opened, cut=log.cut)
-        for taken in left:
-            log.append("ended", **lost(taken))
-    except (AuditError, Broken) as error:
-        log.close()
-        raise UserError(f"the audit log {path} cannot be continued: {error}") from error
-    return log

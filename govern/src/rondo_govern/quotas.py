@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -115,30 +115,32 @@ class Ledger:
         self._holds: dict[str, Hold] = {}
 
     def reserve(
-        self, id: str, key: str, quotas: Sequence[Quota], flops: float, tokens: int
+        self, holds: Mapping[str, tuple[float, int]], key: str, quotas: Sequence[Quota]
     ) -> None:
-        """Hold what a request may take at most.
+        """Hold what the answers of a request may take at most, all or none.
 
         Args:
-            id: The request, unlike all others that hold something.
-            key: Whose it is.
+            holds: FLOPs, and tokens of its prompt and of its longest answer, by id, unlike all
+                others that hold something.
+            key: Whose they are.
             quotas: What the key may spend.
-            flops: FLOPs that it may take.
-            tokens: Tokens of its prompt and of its longest answer.
 
         Raises:
-            Denied: A quota does not allow it at all, or not before its next window.
+            Denied: A quota does not allow them at all, or not before its next window.
         """
-        now, wanted = self._clock(), (math.ceil(flops), tokens)
+        now = self._clock()
+        wanted = {id: (math.ceil(flops), tokens) for id, (flops, tokens) in holds.items()}
+        flops, tokens = (sum(one[at] for one in wanted.values()) for at in (0, 1))
         with self._lock:
             spending = self._spending(key, now)
-            denied = [one for quota in quotas for one in denials(key, quota, spending, wanted, now)]
+            both = flops, tokens
+            denied = [one for quota in quotas for one in denials(key, quota, spending, both, now)]
             if denied:
                 # What waiting does not help before what it does, and then the longest wait.
                 raise max(denied, key=lambda one: one.retry_after or math.inf)
-            hold = Hold(key, int(now // MINUTE), *wanted)
-            spending.add(hold.minute, hold.flops, hold.tokens)
-            self._holds[id] = hold
+            minute = int(now // MINUTE)
+            spending.add(minute, flops, tokens)
+            self._holds |= {id: Hold(key, minute, *one) for id, one in wanted.items()}
 
     def settle(self, id: str, flops: float, tokens: int) -> None:
         """Count what a request took in place of what it holds."""

@@ -52,7 +52,7 @@ class ServeConfig(GovernanceConfig):
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A recurrent checkpoint."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, of whom nothing is asked."""
+    """Address to listen on; 0.0.0.0 lets other machines in, of whom only --keys asks anything."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one, which is told."""
     name: str | None = None

@@ -24,11 +24,11 @@ from rondo_govern.governor import (
     Governor,
     Spent,
     Want,
-    open_log,
 )
 from rondo_govern.keys import Keyring, read_keyring
 from rondo_govern.policy import Escalation, Policy, Quota, read_policy
 from rondo_govern.quotas import Ledger
+from rondo_govern.reopening import open_log
 from rondo_govern.rules import Decision, Seat
 from rondo_govern.watch import Watched
 from rondo_serve.config import GovernanceConfig, bytes_of
@@ -79,13 +79,25 @@ class Governed:
     ruling: Ruling
     texts: bool = False
 
-    def allow(self, ask: Ask, load: Load) -> Allowed:
-        """Return what a request is given.
+    def allow(self, asks: Sequence[Ask], load: Load) -> list[Allowed]:
+        """Return what the answers of a request are given.
 
         Raises:
-            Refused: It is given nothing.
+            Refused: They are given nothing.
             Denied: Likewise, by policy or quota.
         """
+        grants = self.governor.grant([self._want(ask, load) for ask in asks])
+        try:
+            return [
+                Allowed(grant.decision.depth, exit_of(ask.exit, grant.decision, self.ruling), grant)
+                for ask, grant in zip(asks, grants, strict=True)
+            ]
+        except BaseException:
+            for grant in grants:
+                self.governor.settle(grant, Spent("untaken"))
+            raise
+
+    def _want(self, ask: Ask, load: Load) -> Want:
         sampling = ask.sampling
         facts: dict[str, Any] = {
             "prompt_sha256": digest_of(ask.prompt),
@@ -101,7 +113,7 @@ class Governed:
         }
         if self.texts:
             facts["prompt"] = list(ask.prompt)
-        want = Want(
+        return Want(
             id=ask.id,
             prompt_tokens=len(ask.prompt),
             new_tokens=ask.max_new_tokens,
@@ -109,16 +121,14 @@ class Governed:
             risks=ask.risks,
             num_recurrences=ask.num_recurrences,
             effort=ask.effort,
-            waiting=load.waiting,
+            waiting=load.left_over,
             facts=facts,
         )
-        grant = self.governor.grant(want)
-        return Allowed(grant.decision.depth, exit_of(ask.exit, grant.decision, self.ruling), grant)
 
     def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
         """Take note of what a request took.
 
-        Where that cannot be recorded the answer stands; the next start ends it, with all it held.
+        Where that cannot be recorded it is kept until it can, and nothing is granted before.
         """
         assert receipt.grant is not None
         facts: dict[str, Any] = {
@@ -222,8 +232,7 @@ class Governance:
         """
         if self.rules is None:
             return self.limits
-        seat, *_ = self.rules.give(Want("", 0, 0, key))
-        tier = self.rules.policy.tiers[seat.tier]
+        tier = self.rules.tier_of(key)
         return Limits(tier.default, tier.cap, tier.floor, tier.depths)
 
     @property
@@ -231,6 +240,13 @@ class Governance:
         """Whether an answer ends only once its record is on the disk."""
         log = self.governor.log
         return log is not None and log.fsync == "each"
+
+    def note_keys(self, keys: tuple[Keyring, str]) -> None:
+        """Take note of keys that took effect."""
+        try:
+            self.governor.note("keys", keys_sha256=keys[1])
+        except AuditError as error:
+            LOGGER.error("other keys could not be recorded: %s", error)
 
     def refuse(self, key: str, code: str, status: int) -> None:
         """Take note of a request that was refused."""
@@ -256,10 +272,12 @@ def sheets_of(config: GovernanceConfig, limits: Limits, shape: RecurrentConfig) 
             )
         return found, sha256
 
-    rules = (
-        FileRules(Watched(Path(config.policy), policy, LOGGER.warning)) if config.policy else None
-    )
-    keys = Watched(Path(config.keys), read_keyring, LOGGER.warning) if config.keys else None
+    def watched(path: str, load: Callable[[Path], Any]) -> Watched[Any]:
+        # The loop asks, and a file of many keys takes seconds.
+        return Watched(Path(path), load, LOGGER.warning, waits=False)
+
+    rules = FileRules(watched(config.policy, policy)) if config.policy else None
+    keys = watched(config.keys, read_keyring) if config.keys else None
     return rules, keys
 
 
@@ -286,6 +304,7 @@ def govern(
     """
     rules, keys = sheets
     ledger, log, sha256 = Ledger(), None, ""
+    policy = None if rules is None else rules.sha256
     if config.audit is not None:
         name, directory = model
         sha256 = fingerprint(directory)
@@ -294,7 +313,7 @@ def govern(
             "server": f"rondo-serve {importlib.metadata.version('rondo-serve')}",
             "model": name,
             "model_sha256": sha256,
-            "policy_sha256": None if rules is None else rules.sha256,
+            "policy_sha256": policy,
             "currency": "" if rules is None else rules.policy.currency,
             **about,
         }
@@ -307,8 +326,12 @@ def govern(
             interval=config.audit_seconds,
             rotate_bytes=bytes_of(config.audit_rotate),
         )
-    governor = Governor(rules or PlainRules(limits), bound_of(costs), ledger, log, sha256)
-    return Governance(limits, governor, rules, keys)
+    given = rules or PlainRules(limits)
+    governor = Governor(given, bound_of(costs), ledger, log, sha256, policy)
+    governance = Governance(limits, governor, rules, keys)
+    if keys is not None:
+        keys.changed = governance.note_keys
+    return governance
 
 
 def fingerprint(directory: Path) -> str:

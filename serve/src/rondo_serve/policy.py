@@ -1,6 +1,6 @@
 """What a request may spend. The engine asks one object, and tells it what was spent."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,17 +33,21 @@ class Allowed:
 class Policy(Protocol):
     """Who says what a request may spend."""
 
-    def allow(self, ask: Ask, load: Load) -> Allowed:
-        """Return what a request is given; called on the thread of whoever asks.
+    def allow(self, asks: Sequence[Ask], load: Load) -> list[Allowed]:
+        """Return what the answers of a request are given; called on the thread of whoever asks.
+
+        Args:
+            asks: Alike but for prompts and seeds.
+            load: How busy the engine is.
 
         Raises:
-            Refused: It is given nothing.
+            Refused: They are given nothing.
             Denied: Likewise, by policy or quota.
         """
         ...
 
     def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
-        """Take note of what a request took, once for each that was allowed, however it ended.
+        """Take note of what an answer took, once for each that was allowed, however it ended.
 
         Called on the engine's thread before the end is told; or, where the engine did not take a
         request that was allowed, on that of whoever asked.
@@ -87,13 +91,13 @@ class Limits:
             )
         return num_recurrences
 
-    def allow(self, ask: Ask, load: Load) -> Allowed:
+    def allow(self, asks: Sequence[Ask], load: Load) -> list[Allowed]:
         """Return the depth that is asked for, and the exit.
 
         Raises:
             Refused: It does not lie within the bounds.
         """
-        return Allowed(self.depth_of(ask.num_recurrences, ask.effort), ask.exit)
+        return [Allowed(self.depth_of(ask.num_recurrences, ask.effort), ask.exit) for ask in asks]
 
     def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
         """Everyone may spend as much again."""

@@ -57,13 +57,14 @@ def run(config: AuditReplayConfig) -> None:
         )
     if not found.ended["new_tokens"]:
         raise UserError(f"{config.id} has no token to compare: it ended as {found.ended['reason']}")
+    if found.ended["output_sha256"] is None or found.ended["prompt_sha256"] is None:
+        raise UserError(f"{config.id} cannot be compared: its tokens were not told to the log")
     sampling = {name: told for name, told in found.taken["sampling"].items() if told is not None}
     if found.opened["device"] == "vllm" and sampling.get("temperature") != 0:
         raise UserError(f"{config.id} was drawn by vLLM: only those of temperature 0 come again")
     opened = open_engine(settings_of(config, model, found))
     prompt = prompt_of(config, found, opened)
-    tokens = answer(opened, ask_of(found, prompt, Sampling(**sampling)))
-    compare(config.id, found, tokens[: found.ended["new_tokens"]])
+    compare(config.id, found, answer(opened, ask_of(found, prompt, Sampling(**sampling))))
 
 
 def find(log: Path, id: str) -> Recorded:
@@ -108,7 +109,7 @@ def kv_bytes_of(model: RecurrentConfig, found: Recorded) -> int:
     width = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     sizes = model.num_prelude_layers, model.num_core_layers, model.num_coda_layers
     shape = Shape(*sizes, kv_heads_of(base), width, torch.float32)
-    tokens = found.taken["prompt_tokens"] + found.taken["max_new_tokens"]
+    tokens = found.ended["prompt_tokens"] + found.taken["max_new_tokens"]
     # The engine proves itself before, at the model's own depth.
     depth = max(found.ended["allowed"], model.num_recurrences)
     pages = shape.pages_for(max(tokens, PROOF_TOKENS + PROOF_NEW), depth)
@@ -124,7 +125,7 @@ def prompt_of(config: AuditReplayConfig, found: Recorded, opened: Opened) -> tup
     """
     if config.prompt is not None:
         prompts = prompts_in(Path(config.prompt), opened.tokenizer)
-    elif (kept := found.taken.get("prompt")) is not None:
+    elif (kept := found.taken.get("prompt") or found.ended.get("prompt")) is not None:
         prompts = [kept]
     else:
         raise UserError(
@@ -132,7 +133,7 @@ def prompt_of(config: AuditReplayConfig, found: Recorded, opened: Opened) -> tup
             "--audit-texts"
         )
     for tokens in prompts:
-        if digest_of(tokens) == found.taken["prompt_sha256"]:
+        if digest_of(tokens) == found.ended["prompt_sha256"]:
             return tuple(tokens)
     raise UserError("the prompt is not the one that was answered: its tokens hash to another")
 
@@ -171,10 +172,13 @@ def ask_of(found: Recorded, prompt: tuple[int, ...], sampling: Sampling) -> Ask:
     if told is not None:
         own = {name: told[name] for name in ("threshold", "min_recurrences", "check_every")}
         rule = ExitRule(told["rule"], **own)
+    # What was cut off comes out again as far as it came.
+    is_whole = found.ended["reason"] in ("stop", "length")
+    most = found.taken["max_new_tokens"] if is_whole else found.ended["new_tokens"]
     return Ask(
         id="replay",
         prompt=prompt,
-        max_new_tokens=found.taken["max_new_tokens"],
+        max_new_tokens=most,
         num_recurrences=found.ended["allowed"],
         exit=rule,
         sampling=sampling,

@@ -176,6 +176,7 @@ class Load:
 
     Attributes:
         waiting: Requests in the queue.
+        left_over: Those of them that the last tick had no room for.
         running: Requests in flight.
         pages: Pages of keys and values that are held, by requests or by cached prefixes.
         cached_pages: Those held by cached prefixes only.
@@ -185,6 +186,7 @@ class Load:
     """
 
     waiting: int = 0
+    left_over: int = 0
     running: int = 0
     pages: int = 0
     cached_pages: int = 0

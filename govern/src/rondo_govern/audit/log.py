@@ -193,7 +193,7 @@ class AuditLog:
         Raises:
             AuditError: It could not be done.
         """
-        before, size = self._file, self._size
+        before, size, known = self._file, self._size, self._head
         number = max(segments_of(self._path).values(), default=0) + 1
         segment = segment_path(self._path, number)
         self._flush(before)
@@ -213,6 +213,9 @@ class AuditLog:
         if self._syncing != before:
             os.close(before)
         self._flush(self._folder)
+        if self.fsync == "off":
+            # No other moment comes at which anything is known to be on the disk.
+            _write_head(self._path, known)
 
     def _flush(self, file: int) -> None:
         """Bring a file to the disk.

@@ -106,6 +106,13 @@ class Teller:
 
     async def chunks(self) -> AsyncIterator[str]:
         """Yield the server-sent events of a stream."""
+        try:
+            async for chunk in self._chunks():
+                yield chunk
+        except ApiError as error:
+            yield f"data: {json.dumps(error.body)}\n\n"
+
+    async def _chunks(self) -> AsyncIterator[str]:
         written = [Written() for _ in self.call.asks]
         if self.kind == "chat":
             for index in range(len(written)):

@@ -273,10 +273,11 @@ def route_models(app: FastAPI, service: Service) -> None:
         responses=documented(404, 401, 403, 503),
     )
     async def model(model: str, request: Request) -> ModelReply:
+        told = service.model(request)
         if model != service.asker.name:
             message = f"there is no model {model[:200]!r} here: there is {service.asker.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
-        return service.model(request)
+        return told
 
     @app.get("/v1/usage", summary="Tell what a key has spent of its quotas", responses=READING)
     async def usage(request: Request) -> UsageReply:

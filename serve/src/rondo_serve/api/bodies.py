@@ -99,8 +99,8 @@ class Asking(Body):
         "unless given, 1 is none.",
     )
     max_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer.")
-    num_recurrences: int | None = Field(
-        None, ge=1, description="Iterations r of the core for each token; with an exit, the cap."
+    num_recurrences: Iterations | None = Field(
+        None, description="Iterations r of the core for each token; with an exit, the cap."
     )
     exit: ExitBody | None = Field(None, description="Let tokens leave the loop before r.")
     reasoning_effort: Effort | None = Field(

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rondo_govern.rules import Denied
+from rondo_govern.audit.log import AuditError
+from rondo_serve.api.errors import unrecorded
 from rondo_serve.policy import Allowed
-from rondo_serve.requests import Ask, Busy, Closed, Deliver, Event, Finished, Load, Refused
+from rondo_serve.requests import Ask, Deliver, Event, Finished, Load
 
 
 class Loaded(Protocol):
@@ -37,8 +38,8 @@ class Engine(Loaded, Closes, Protocol):
     def start(self) -> None:
         """Begin to answer."""
 
-    def submit(self, ask: Ask, deliver: Deliver) -> Allowed:
-        """Take a request, and return what it is allowed."""
+    def submit_all(self, asks: Sequence[Ask], delivers: Sequence[Deliver]) -> list[Allowed]:
+        """Take the answers of a request, all or none, and return what each is given."""
         ...
 
     def cancel(self, id: str) -> None:
@@ -76,7 +77,6 @@ class Call:
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._refused = False
 
     @property
     def id(self) -> str:
@@ -97,14 +97,8 @@ class Call:
             Busy: The queue does not take all of them.
             Closed: The engine takes no more.
         """
-        for index, ask in enumerate(self.asks):
-            try:
-                self.allowed.append(self.engine.submit(ask, self._deliver(index)))
-            except (Refused, Denied, Busy, Closed):
-                # What becomes of the others is not told: the request counts once, as refused.
-                self._refused = True
-                self.cancel()
-                raise
+        delivers = [self._deliver(index) for index in range(len(self.asks))]
+        self.allowed = self.engine.submit_all(self.asks, delivers)
 
     def cancel(self) -> None:
         """Stop what has not ended."""
@@ -117,6 +111,9 @@ class Call:
 
         Args:
             pause: Seconds of silence after which an empty list is yielded.
+
+        Raises:
+            ApiError: An end cannot be recorded.
         """
         left = len(self.asks)
         while left:
@@ -129,7 +126,10 @@ class Call:
                 batch.append(self._events.get_nowait())
             ended = sum(isinstance(event, Finished) for _, event in batch)
             if ended and self.durable is not None:
-                await self._loop.run_in_executor(None, self.durable)
+                try:
+                    await self._loop.run_in_executor(None, self.durable)
+                except AuditError as error:
+                    raise unrecorded() from error
             left -= ended
             yield batch
 
@@ -147,8 +147,7 @@ class Call:
             self.texts.setdefault(index, []).append(event.text)
         if isinstance(event, Finished):
             self.finished[index] = event
-            if not self._refused:
-                self.ended(self, index, event)
+            self.ended(self, index, event)
 
 
 @dataclass

@@ -93,6 +93,12 @@ def of_denied(error: Denied) -> ApiError:
     return ApiError(error.status, str(error), error.param, error.code, headers)
 
 
+def unrecorded() -> ApiError:
+    """Return what is said in place of the end of an answer that cannot be recorded."""
+    message = "the answer is not told to the end, since the audit log cannot be written: ask again"
+    return ApiError(503, message, code="no_audit", headers={"retry-after": str(RETRY_CLOSED)})
+
+
 def closed() -> ApiError:
     """Return the answer of a server that takes nothing more."""
     message = "the server takes no more requests: it shuts down or has failed; ask another one"

@@ -14,8 +14,11 @@ Shapes: U units (the keys and values of a token in one layer), H heads, d head d
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+
+from rondo.flops import Costs, kv_heads_of
 
 # Tokens in a page, of the kind of entry that needs more of it.
 PAGE_TOKENS = 16
@@ -76,6 +79,19 @@ class Shape:
     def tokens_per_page(self, core: bool) -> int:
         """Return how many tokens have their entries in a page."""
         return self.page_units // max(1, self.entry_units(core))
+
+
+def shape_of(model: Any, costs: Costs) -> Shape:
+    """Return what a token takes of a model's keys and values."""
+    heads = kv_heads_of(model.config.base_config)
+    return Shape(
+        num_prelude=costs.num_prelude_layers,
+        num_core=costs.num_core_layers,
+        num_coda=costs.num_coda_layers,
+        heads=heads,
+        head_dim=costs.kv_width // heads,
+        dtype=model.dtype,
+    )
 
 
 class Pages:

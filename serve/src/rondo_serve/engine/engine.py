@@ -10,15 +10,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from rondo.flops import Costs, costs_of, kv_heads_of
+from rondo.flops import costs_of
 from rondo_serve.engine import exits, sampling, schedule
-from rondo_serve.engine.arena import Arena, Shape
+from rondo_serve.engine.arena import Arena, shape_of
 from rondo_serve.engine.bounds import EngineSettings, check, longest_context
 from rondo_serve.engine.passes import Passes
 from rondo_serve.engine.places import Places
@@ -95,6 +95,7 @@ class Engine:
         self._failures = 0
         self._interval = 1.0
         self._finished_at: float | None = None
+        self._left_over = 0
         self.failure: str | None = None
         self.ticks = 0
         self._phase = 0
@@ -107,30 +108,35 @@ class Engine:
         self._thread.start()
 
     def submit(self, ask: Ask, deliver: Deliver) -> Allowed:
-        """Take a request into the queue, and return what it is allowed.
+        """Take one request into the queue; see `submit_all`."""
+        return self.submit_all([ask], [deliver])[0]
+
+    def submit_all(self, asks: Sequence[Ask], delivers: Sequence[Deliver]) -> list[Allowed]:
+        """Take the answers of a request into the queue, all or none, and return what each is given.
 
         Args:
-            ask: What is asked for.
-            deliver: Called on the engine's thread with each event; the last is a `Finished`. It
-                must not wait.
+            asks: What is asked for.
+            delivers: Called on the engine's thread with each event of theirs; the last is a
+                `Finished`. They must not wait.
 
         Raises:
-            Refused: It can never be served.
+            Refused: One of them can never be served.
             Denied: The policy does not allow it.
             Busy: The queue is full.
             Closed: The engine shuts down or has failed.
         """
-        allowed = self.policy.allow(ask, self.load())
+        allowed = self.policy.allow(asks, self.load())
         try:
-            self._take(ask, allowed, deliver)
-        except (Refused, Busy, Closed):
-            self.policy.spent(ask, "untaken", allowed.untaken(ask))
+            self._enqueue([self._row(*one) for one in zip(asks, delivers, allowed, strict=True)])
+        except BaseException:  # whatever it is, what was allowed is given back
+            for ask, given in zip(asks, allowed, strict=True):
+                self.policy.spent(ask, "untaken", given.untaken(ask))
             raise
         return allowed
 
-    def _take(self, ask: Ask, allowed: Allowed, deliver: Deliver) -> None:
+    def _row(self, ask: Ask, deliver: Deliver, allowed: Allowed) -> Row:
         check(ask, allowed, self._model.config, self.settings, self.arena)
-        row = Row(
+        return Row(
             ask=ask,
             deliver=deliver,
             allowed=allowed,
@@ -140,13 +146,15 @@ class Engine:
             asked_at=time.monotonic(),
             tokens=list(ask.prompt),
         )
+
+    def _enqueue(self, rows: Sequence[Row]) -> None:
         with self._lock:
             if self._closing is not None or self.failure is not None:
                 raise Closed(self.failure or "the server is shutting down")
-            if len(self._waiting) >= self.settings.max_queue + self._vacant:
+            if len(self._waiting) + len(rows) > self.settings.max_queue + self._vacant:
                 wait = self._interval * (len(self._waiting) + 1)
                 raise Busy(min(max(1.0, wait), self.settings.max_seconds))
-            self._waiting.append(row)
+            self._waiting.extend(rows)
             self._lock.notify()
 
     def cancel(self, id: str) -> None:
@@ -172,6 +180,7 @@ class Engine:
         with self._lock:
             return Load(
                 waiting=len(self._waiting),
+                left_over=min(self._left_over, len(self._waiting)),
                 running=len(self._rows),
                 pages=pages.total - pages.free,
                 cached_pages=pages.spare,
@@ -233,6 +242,7 @@ class Engine:
         """Take everything in flight one iteration further; return whether there was anything."""
         self._stop_some()
         self._admit()
+        self._left_over = len(self._waiting)
         self._enter_loop()
         flights = [row.flight for row in self._rows if row.flight is not None]
         if not flights:
@@ -430,16 +440,3 @@ class Engine:
         except Exception:  # foreign code, which must not end the others' tick
             log.exception("the policy could not take note of a request")
         self._tell(row, Finished(reason, row.writer.finish(), receipt))
-
-
-def shape_of(model: Any, costs: Costs) -> Shape:
-    """Return what a token takes of a model's keys and values."""
-    heads = kv_heads_of(model.config.base_config)
-    return Shape(
-        num_prelude=costs.num_prelude_layers,
-        num_core=costs.num_core_layers,
-        num_coda=costs.num_coda_layers,
-        heads=heads,
-        head_dim=costs.kv_width // heads,
-        dtype=model.dtype,
-    )

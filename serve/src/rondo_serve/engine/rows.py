@@ -219,10 +219,14 @@ class Row:
     def key(self, seeded: bool) -> Hashable:
         """Return what two rows must have in common for their keys and values to be the same.
 
+        Nobody shares with another tenant: what is cached tells in time and price what was asked.
+
         Args:
             seeded: Whether the loop starts at noise that a seed decides.
         """
-        return self.depth, self.rule, self.ask.sampling.seed if seeded else None
+        grant = self.allowed.grant
+        tenant = None if grant is None else grant.seat.tenant
+        return self.depth, self.rule, tenant, self.ask.sampling.seed if seeded else None
 
     def receipt(self, now: float) -> Receipt:
         """Return what it took up to now, by the monotonic clock."""

@@ -10,6 +10,7 @@ from rondo.flops import Costs
 from rondo_govern.audit.log import AuditError
 from rondo_govern.audit.records import digest_of
 from rondo_govern.governor import Grant, Spent
+from rondo_serve.api.errors import unrecorded
 from rondo_serve.api.metrics import Metrics
 from rondo_serve.governed import Governance, bound_of
 from rondo_serve.requests import Ask, Finished, Reason, Receipt
@@ -139,8 +140,11 @@ class Books:
         """Wait until what was settled is on the disk, where an answer's end waits for that.
 
         Raises:
-            AuditError: The disk failed.
+            ApiError: It cannot be.
         """
         if self.governance.waits:
             durable = self.governance.governor.durable
-            await asyncio.get_running_loop().run_in_executor(None, durable)
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, durable)
+            except AuditError as error:
+                raise unrecorded() from error

@@ -172,6 +172,8 @@ class Passage:
                     yield DATA + to_json(told) + b"\n\n"
         except BROKEN as found:
             error = self.failed(found)
+        except ApiError as found:
+            error = found
         if error is not None:
             yield DATA + to_json(error.body) + b"\n\n"
         self.end("error")

@@ -202,28 +202,23 @@ class Gateway:
         """Return answers that are granted, all or none.
 
         Raises:
-            ApiError: One of them is not.
+            ApiError: They are not.
         """
-        answers: list[Answer] = []
         try:
-            for want in wants:
-                ask = Ask(
-                    id=want.id,
-                    prompt=(),
-                    max_new_tokens=want.new_tokens,
-                    num_recurrences=want.num_recurrences,
-                    effort=want.effort,
-                )
-                answers.append(Answer(ask, self.governance.governor.grant(want), seed))
-            if len({answer.grant.decision for answer in answers}) > 1:
-                # A body has one depth for all of them.
-                message = "the policy changed between two answers of this request: ask again"
-                raise Denied(message, 503, "policy_changed", retry_after=RETRY)
+            grants = self.governance.governor.grant(wants)
         except (Refused, Denied) as error:
-            for answer in answers:
-                self._books.settle(answer, "untaken")
             raise of_engine(error) from error
-        return answers
+        asks = [
+            Ask(
+                id=want.id,
+                prompt=(),
+                max_new_tokens=want.new_tokens,
+                num_recurrences=want.num_recurrences,
+                effort=want.effort,
+            )
+            for want in wants
+        ]
+        return [Answer(ask, grant, seed) for ask, grant in zip(asks, grants, strict=True)]
 
     async def _carried(self, request: Request, passage: Passage, path: str) -> Response:
         """Carry a request to vLLM, and its answer back.

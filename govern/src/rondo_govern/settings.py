@@ -35,7 +35,7 @@ class PolicyExplainConfig(Config):
     """Name of the key; without one, unless given."""
     tier: str | None = None
     """Tier; the key's unless given."""
-    risk: tuple[str, ...] = ()
+    risk: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Risk classes that the request names."""
     num_recurrences: Annotated[int, Field(ge=1)] | None = None
     """Depth that the request asks for."""

@@ -1,6 +1,7 @@
 """How settings are read: from flags, from a YAML recipe, or from both."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -119,11 +120,12 @@ def command_line(config: Config) -> str:
     It names what differs from the defaults, so it is the same whether the settings came from
     flags, from a recipe or from Python.
     """
-    verb = type(config).__name__.removesuffix("Config").lower()
+    name = type(config).__name__.removesuffix("Config")
+    verb = re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()
     words = [
         str(word) for name in config.words for word in _as_words(getattr(config, name)) if word
     ]
-    return shlex.join(["rondo", verb, *words, *_flags(config, "", set(config.words))])
+    return shlex.join(["rondo", *verb.split(), *words, *_flags(config, "", set(config.words))])
 
 
 def _as_words(value: Any) -> tuple[Any, ...]:

@@ -138,13 +138,14 @@ def summary(outcomes: list[Outcome], deadline: float) -> dict[str, Any]:
 
 def load(checkpoint: Path, scratch: Path, flags: Any) -> dict[str, Any]:
     """Measure both settings in turns."""
-    size = [f"--max-running={flags.max_running}", f"--max-queue={flags.max_queue}"]
     rounds: list[dict[str, Any]] = []
     rate = deadline = 0.0
     for number, name in tqdm(list(turns(flags.rounds)), desc="rounds"):
         policy, log = scratch / f"{name}.yaml", scratch / f"{name}-{number}.jsonl"
         steps = POLICY if name == "with" else {**POLICY, "overload": []}
         policy.write_text(yaml.safe_dump(steps), encoding="utf-8")
+        queue = flags.max_queue if name == "with" else flags.queue_without or flags.max_queue
+        size = [f"--max-running={flags.max_running}", f"--max-queue={queue}"]
         files = [f"--policy={policy}", f"--audit={log}"]
         with server(checkpoint, scratch / "log", *size, *files) as (url, _):
             if not rate:
@@ -222,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--new-tokens", type=int, default=16)
     made.add_argument("--max-running", type=int, default=16)
     made.add_argument("--max-queue", type=int, default=64)
+    made.add_argument("--queue-without", type=int, help="without steps, where it is another")
     made.add_argument("--seconds", type=float, default=40.0, help="of a round")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--seed", type=int, default=0)

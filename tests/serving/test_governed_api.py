@@ -480,8 +480,9 @@ def test_an_answer_whose_record_the_disk_refuses_does_not_end(
         text = response.text.replace("data: [DONE]", "").strip().rpartition("data: ")[2]
         assert json.loads(text)["error"]["code"] == "no_audit"
         assert '"finish_reason":"stop"' not in response.text
-        # Nor does any other begin, whether or not the disk recovers.
+        # Nor does any other begin, whether or not the disk recovers, and balancers are told.
         assert error_of(chat(there, secrets["acme"]), 503)["code"] == "no_audit"
+        assert error_of(there.client.get("/readyz"), 503)["code"] == "no_audit"
 
 
 @pytest.mark.parametrize("stream", [False, True])

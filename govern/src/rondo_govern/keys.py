@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -35,6 +36,17 @@ def as_day(text: str) -> str:
     return text
 
 
+def as_hash(text: str) -> str:
+    """Return a hash as it is written.
+
+    Raises:
+        ValueError: It is none. What it is instead is not told: it may be a secret.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError("must be a SHA-256, as rondo keys new writes it")
+    return text
+
+
 # Days are kept as texts: those of ISO 8601 are in order as they are.
 Day = Annotated[str, AfterValidator(as_day)]
 
@@ -44,7 +56,7 @@ class Secret(Sheet):
 
     id: Annotated[int, Field(ge=1)]
     """Its number, which the secret names."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, AfterValidator(as_hash)]
     """Hash of the whole text that a client sends."""
     created: Day
     """Day on which it was made, in UTC."""

@@ -152,11 +152,7 @@ def prompts_in(path: Path, tokenizer: Any) -> list[list[int]]:
         match {"prompt": body} if isinstance(body, list) else body:
             case {"messages": told}:
                 turns = ChatBody.model_validate({"messages": told}).messages
-                # As the server reads them.
-                roles = ["system" if one.role == "developer" else one.role for one in turns]
-                pairs = zip(roles, turns, strict=True)
-                plain = [{"role": role, "content": one.text} for role, one in pairs]
-                return [chat_tokens(tokenizer, plain)]
+                return [chat_tokens(tokenizer, [one.turn for one in turns])]
             case {"prompt": told}:
                 texts = prompts_of(CompletionBody.model_validate({"prompt": told}).prompt)
                 return [encode(tokenizer, one) if isinstance(one, str) else one for one in texts]

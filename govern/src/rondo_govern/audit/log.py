@@ -130,6 +130,11 @@ class AuditLog:
             self._changed.notify_all()
             return self._head.seq
 
+    @property
+    def failed(self) -> str:
+        """Why nothing can be added until a restart, empty where it can."""
+        return self._failed
+
     def durable(self, seq: int) -> None:
         """Wait until a record is on the disk, where each must be.
 

@@ -9,7 +9,8 @@ from starlette.datastructures import Headers
 from rondo_govern.keys import Scope
 from rondo_govern.quotas import Standing
 from rondo_govern.rules import Denied
-from rondo_serve.api.errors import ApiError, of_denied
+from rondo_serve.api.calls import Gate
+from rondo_serve.api.errors import ApiError, closed, of_denied
 from rondo_serve.api.replies import QuotaReply, Spending, UsageReply
 from rondo_serve.governed import Governance
 
@@ -57,6 +58,18 @@ def risks_of(headers: Headers, metadata: Any) -> frozenset[str]:
             raise ApiError(400, message, "metadata.risk", "invalid_value")
         told.append(risk)
     return frozenset(name.strip() for one in told for name in one.split(",") if name.strip())
+
+
+def check_open(governance: Governance, gate: Gate) -> None:
+    """Pass where requests are taken.
+
+    Raises:
+        ApiError: The server shuts down, or can record nothing until it is started again.
+    """
+    if gate.closing.is_set():
+        raise closed()
+    if governance.governor.log is not None and governance.governor.log.failed:
+        raise ApiError(503, "the audit log has failed: the operator must restart", code="no_audit")
 
 
 def usage_of(governance: Governance, headers: Mapping[str, str]) -> UsageReply:

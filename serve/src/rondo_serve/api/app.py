@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo_govern.rules import Denied
 from rondo_serve.api import log
-from rondo_serve.api.access import key_of, risks_of, usage_of
+from rondo_serve.api.access import check_open, key_of, risks_of, usage_of
 from rondo_serve.api.answers import Kind, Teller
 from rondo_serve.api.asks import Asker, Defaults
 from rondo_serve.api.bodies import Asking, ChatBody, CompletionBody
@@ -298,8 +298,7 @@ def route_operation(app: FastAPI, service: Service) -> None:
     async def readyz() -> Health:
         if service.engine.failure is not None:
             raise ApiError(503, f"the engine has failed: {service.engine.failure}")
-        if service.gate.closing.is_set():
-            raise closed()
+        check_open(service.governance, service.gate)
         return Health()
 
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Metrics."}

@@ -88,10 +88,7 @@ class Asker:
             raise ApiError(400, message, "max_completion_tokens")
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        told = [
-            {"role": "system" if one.role == "developer" else one.role, "content": one.text}
-            for one in body.messages
-        ]
+        told = [one.turn for one in body.messages]
         try:
             prompt = chat_tokens(self.tokenizer, told)
         except (TemplateError, TypeError, ValueError, LookupError) as error:

@@ -154,6 +154,11 @@ class Message(Body):
         return value
 
     @property
+    def turn(self) -> dict[str, str]:
+        """What chat templates are given of it: they know no developer."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+    @property
     def text(self) -> str:
         """The content as one text."""
         if isinstance(self.content, str):

@@ -12,8 +12,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from rondo.flops import costs_of
 from rondo.generation import shape_of
 from rondo.modeling.modeling_recurrent import RecurrentForCausalLM
-from rondo_serve.api.access import key_of, usage_of
-from rondo_serve.api.errors import closed, handle_errors
+from rondo_serve.api.access import check_open, key_of, usage_of
+from rondo_serve.api.errors import handle_errors
 from rondo_serve.api.guard import guard
 from rondo_serve.api.replies import Health, UsageReply
 from rondo_serve.config import GatewayConfig
@@ -122,8 +122,7 @@ def route_operation(app: FastAPI, gateway: Gateway) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz() -> Health:
-        if gateway.gate.closing.is_set():
-            raise closed()
+        check_open(gateway.governance, gateway.gate)
         await gateway.fetch("/health", 503)
         return Health()
 

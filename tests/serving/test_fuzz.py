@@ -69,7 +69,7 @@ def running() -> Iterator[Running]:
 def test_nothing_that_is_sent_makes_the_server_fail(running: Running) -> None:
     document = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
     operations = [found.ok() for found in document.get_all_operations()]
-    assert len(operations) == 7
+    assert len(operations) == 8
     for operation in operations:
 
         @PACE

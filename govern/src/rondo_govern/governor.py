@@ -35,7 +35,7 @@ class Want:
         risks: Risk classes that the request itself names.
         num_recurrences: Depth asked for.
         effort: Depth asked for in OpenAI's words, where no number is given.
-        waiting: Requests in the queue.
+        waiting: Requests that found no room.
         facts: What the log tells of it besides, as the prompt's hash.
     """
 

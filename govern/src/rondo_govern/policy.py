@@ -138,7 +138,7 @@ class Overload(Sheet):
     """What gives way when requests wait."""
 
     waiting: Annotated[int, Field(ge=1)]
-    """Requests in the queue from which on this holds."""
+    """Requests that found no room, from which on this holds."""
     # pyrefly: ignore[bad-argument-type]
     keep: Annotated[Exact, Field(gt=0, lt=1)]
     """Share of its depth that a request keeps, never below its floor."""

@@ -76,7 +76,10 @@ def open_log(
     """
     log = AuditLog.open(path, **how)
     try:
-        left = list(restore(path, ledger, now))
+        try:
+            left = list(restore(path, ledger, now))
+        except (LookupError, TypeError, ValueError) as error:
+            raise AuditError(f"a record lacks what this version writes ({error!r})") from error
         log.append("opened", **opened, cut=log.cut)
         for taken in left:
             log.append("ended", **lost(taken))

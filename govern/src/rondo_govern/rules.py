@@ -82,7 +82,7 @@ class Case:
         risks: Risk classes that apply, by key, header or metadata.
         num_recurrences: Depth asked for.
         effort: Depth asked for in OpenAI's words, where no number is given.
-        waiting: Requests in the queue.
+        waiting: Requests that found no room.
     """
 
     tier: str

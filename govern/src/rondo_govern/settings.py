@@ -42,7 +42,7 @@ class PolicyExplainConfig(Config):
     effort: Effort | None = None
     """reasoning_effort that it asks for."""
     waiting: int = Field(0, ge=0)
-    """Requests in the queue."""
+    """Requests that found no room."""
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Tell it as JSON."""
 

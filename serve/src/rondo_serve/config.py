@@ -37,6 +37,12 @@ class GovernanceConfig(Config):
     audit_texts: bool = False
     """Keep prompts and answers in the log, as tokens, not their hashes alone."""
 
+    @model_validator(mode="after")
+    def _has_a_log(self) -> "GovernanceConfig":
+        if self.audit is None and self.audit_texts:
+            raise ValueError("--audit-texts keeps texts in a log: give --audit")
+        return self
+
     @field_validator("audit_rotate")
     @classmethod
     def _is_rotated(cls, value: str) -> str:
@@ -162,6 +168,8 @@ class GatewayConfig(GovernanceConfig):
     """Port to listen on; 0 takes a free one, which is told."""
     name: str | None = None
     """What the log calls the model; the directory's name unless given."""
+    max_recurrences: Depth | None = None
+    """Deepest that vLLM serves, where --hf-overrides sets less than the model's cap."""
     max_running: Count = 256
     """Answers that vLLM is believed to run at once; those beyond wait."""
     max_queue: int = Field(256, ge=0)

@@ -307,6 +307,11 @@ def govern(
     policy = None if rules is None else rules.sha256
     if config.audit is not None:
         name, directory = model
+        if Path(config.audit).resolve().parent == directory.resolve():
+            raise UserError(
+                f"--audit {config.audit} lies in the model's own directory, whose files are hashed "
+                "to tell which model answered: give another"
+            )
         sha256 = fingerprint(directory)
         opened = {
             "format": 1,

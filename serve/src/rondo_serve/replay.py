@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from pydantic import ValidationError
 
 from rondo.chat import chat_tokens
@@ -158,6 +159,11 @@ def prompts_in(path: Path, tokenizer: Any) -> list[list[int]]:
                 return [encode(tokenizer, one) if isinstance(one, str) else one for one in texts]
     except ValidationError:
         pass
+    except (TemplateError, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the chat template does not take the messages in {path}: {reason}"
+        ) from error
     raise UserError(f"{path} holds neither a list of tokens nor the body of a request")
 
 

@@ -346,7 +346,11 @@ def files_of(path: Path, left: Iterable[Path] = ()) -> Iterator[BinaryIO]:
                 done.add(segment)
                 with opened(segment) as file:
                     yield file
-        with opened(path) if path.exists() else nullcontext() as active:
+        try:
+            active = opened(path)
+        except FileNotFoundError:
+            active = None
+        with active or nullcontext():
             # It may just have been renamed, and is then read under its number.
             if segments_of(path).keys() <= done:
                 if active is not None:

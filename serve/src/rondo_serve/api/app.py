@@ -177,7 +177,7 @@ def headers_of(allowed: Sequence[Allowed]) -> dict[str, str]:
 
 def outcome_of(status: int) -> str:
     """Return what metrics call a request that was not taken."""
-    return {429: "busy", 503: "closed", 500: "error"}.get(status, "refused")
+    return {429: "busy", 503: "closed", 500: "error", 502: "error"}.get(status, "refused")
 
 
 async def while_there(request: Request, teller: Teller) -> dict[str, Any]:

@@ -21,6 +21,10 @@ DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GAUGES = {
     "num_requests_running": ("Requests in flight.", "running"),
     "num_requests_waiting": ("Requests in the queue.", "waiting"),
+    "num_requests_left_over": (
+        "Those that the last tick had no room for: overload steps go by them.",
+        "left_over",
+    ),
 }
 # A gateway has none.
 PAGES = {
@@ -49,8 +53,8 @@ class LoadCollector(Collector):
             told = "Share of the pages that is held, 1 is all."
             used = load.pages / load.total_pages
             yield GaugeMetricFamily("rondo_kv_cache_usage_perc", told, value=used)
-        for name, (told, field) in COUNTERS.items():
-            yield CounterMetricFamily(f"rondo_{name}", told, value=getattr(load, field))
+            for name, (told, field) in COUNTERS.items():
+                yield CounterMetricFamily(f"rondo_{name}", told, value=getattr(load, field))
 
 
 TOTALS = {

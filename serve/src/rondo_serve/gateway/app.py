@@ -34,7 +34,8 @@ def run(config: GatewayConfig) -> None:
         UserError: Model, policy, keys or log do not hold, or the address cannot be had.
     """
     shape, directory = shape_of(config.model), Path(config.model)
-    limits = Limits(min(shape.num_recurrences, shape.max_recurrences), shape.max_recurrences)
+    cap = min(config.max_recurrences or shape.max_recurrences, shape.max_recurrences)
+    limits = Limits(min(shape.num_recurrences, cap), cap)
     sheets = sheets_of(config, limits, shape)
     # Shapes are enough to count what a token costs.
     with torch.device("meta"):

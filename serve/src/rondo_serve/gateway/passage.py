@@ -27,7 +27,7 @@ class Cut(Exception):
 
 
 # What ends a request: its own limits, the line, or an answer that is none of vLLM's.
-BROKEN = (Cut, httpx.HTTPError, ValueError, LookupError, TypeError)
+BROKEN = (Cut, httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(eq=False)

@@ -107,7 +107,8 @@ class Gateway:
         """Return how busy vLLM is believed to be."""
         flying = sum(passage.left for passage in self._passages)
         running = min(flying, self.config.max_running)
-        return Load(waiting=flying - running, running=running)
+        left_over = flying - running
+        return Load(waiting=left_over, left_over=left_over, running=running)
 
     def close(self, grace: float) -> None:
         """Take nothing more, wait `grace` seconds for what runs, and cut the rest off."""
@@ -131,6 +132,8 @@ class Gateway:
         """
         key, (kind, shape) = None, KINDS[path]
         try:
+            if self.gate.closing.is_set():
+                raise closed()
             key = key_of(self.governance, request.headers, "generate")
             told = await read(request, shape, self.config.max_body, self._worker)
             risks = risks_of(request.headers, told.metadata)
@@ -248,8 +251,7 @@ class Gateway:
             await self._books.kept()
             return JSONResponse(whole, headers=headers)
         except UNREACHED as error:
-            passage.end("untaken")
-            self._untaken(502, "upstream_unreachable")
+            self._turned_away(passage, 502, "upstream_unreachable")
             raise unreachable(error) from error
         except BROKEN as error:
             raise passage.failed(error) from error
@@ -265,8 +267,8 @@ class Gateway:
         Raises:
             ApiError: It is not the client's to hear.
         """
-        passage.end("untaken")
-        self._untaken(answer.status_code, "upstream_refused")
+        ours = answer.status_code < 400 or answer.status_code in (401, 403)
+        self._turned_away(passage, 502 if ours else answer.status_code, "upstream_refused")
         if answer.status_code in (401, 403):
             message = f"vLLM does not take this gateway's key: the operator must set {KEY}"
             raise ApiError(502, message, code="upstream_refused")
@@ -325,6 +327,12 @@ class Gateway:
             self._changed.notify_all()
         if passage.answers[0].ended != "untaken":
             log.write(passage.line | {"model": self.name})
+
+    def _turned_away(self, passage: Passage, status: int, code: str) -> None:
+        """Take note of a request that was granted, and that vLLM did not take."""
+        passage.end("untaken")
+        self.governance.refuse(passage.answers[0].grant.seat.key, code, status)
+        self._untaken(status, code)
 
     def _untaken(self, status: int, code: str | None) -> None:
         """Take note of a request that was not taken."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from engines import small
+from engines import serve, small
 from fake_engine import until
 from fake_server import CHAT, COMPLETE, HELLO, OWN, TEXT, chunks_of, error_of, served
 from governing import SHEET, Served, Site, bearer, engine_of, heard_of, served_of
@@ -25,6 +25,7 @@ from rondo.cli import main
 from rondo.errors import UserError
 from rondo_serve.api.app import make_app
 from rondo_serve.api.replies import ChatReply, UsageReply
+from rondo_serve.requests import Ask
 
 QUOTA = {"quotas": [{"window": "1d", "tokens": 100}]}
 LIMITED = {"tiers": SHEET["tiers"] | {"bronze": SHEET["tiers"]["bronze"] | QUOTA}}
@@ -619,3 +620,31 @@ def test_what_the_policy_says_cannot_be_said_beside_it(
     told = capsys.readouterr().err.strip()
     assert told.endswith(f"--policy says what --{flag} would: leave --{flag}")
     assert "\n" not in told
+
+
+def test_a_log_among_the_models_files_is_refused(site: Site) -> None:
+    inside = str(site.folder / "tiny" / "audit.jsonl")
+    with (
+        pytest.raises(UserError, match="lies in the model's own directory"),
+        served_of(site, audit=inside),
+    ):
+        pass
+    assert [path.name for path in (site.folder / "tiny").iterdir()] == ["config.json"]
+
+
+def test_texts_are_kept_in_a_log_only(site: Site) -> None:
+    with pytest.raises(UserError, match="--audit-texts keeps texts in a log: give --audit"):
+        site.config(audit=None, audit_texts=True)
+
+
+def test_tenants_do_not_share_prefixes(site: Site) -> None:
+    engine, governance = engine_of(site, prefix_cache=True)
+    prompt = tuple(range(10, 50))
+    heard = {}
+    for name, key in (("first", "acme"), ("again", "acme"), ("other", "clinic")):
+        ask = Ask(name, prompt, 2, 4, key=key)
+        heard[name] = serve(engine, [(0, ask)])[name].end.receipt
+    governance.governor.close()
+    cached = [heard[name].cached_tokens for name in ("first", "again", "other")]
+    assert cached[0] == cached[2] == 0
+    assert cached[1] > 16

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from rondo.config import DecodingConfig
-from rondo.config.calibrate import share_of
+from rondo.config import DecodingConfig, calibrate
 from rondo.errors import UserError
 from rondo.flops import Costs
 from rondo.memory import Request
@@ -133,14 +132,13 @@ def stored_exit(config: DecodingConfig, shape: RecurrentConfig) -> dict[str, Any
 
 
 def spelled(tolerance: str) -> str:
-    """Return a tolerance, `0.5%`, `0.005` or `0.5% agreement`, as checkpoints spell it.
+    """Return a tolerance as checkpoints spell it; see `rondo.config.calibrate.spelled`.
 
     Raises:
         UserError: It is none.
     """
-    share, *measure = tolerance.split(maxsplit=1)
     try:
-        return " ".join([f"{100 * share_of(share):g}%", *measure])
+        return calibrate.spelled(tolerance)
     except ValueError as error:
         raise UserError(f"--tolerance: {error}") from error
 

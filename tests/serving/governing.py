@@ -113,7 +113,7 @@ def governed(
         if watched is not None:
             watched._every, watched._next, watched._waits = 0.0, 0.0, True
     about = {"dtype": "float64", "device": "cpu"}
-    return govern(config, ("tiny", Path(config.model)), limits, costs, sheets, about)
+    return govern(config, limits, costs, sheets, about)
 
 
 def engine_of(

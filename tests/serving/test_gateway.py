@@ -127,6 +127,7 @@ def house_of(
         **{
             "upstream": url or "http://vllm.invalid",
             "model": str(folder / "model"),
+            "name": "tiny",
             "policy": str(folder / "policy.yaml"),
             "keys": str(folder / "keys.yaml"),
             "audit": str(folder / "audit.jsonl"),
@@ -135,11 +136,10 @@ def house_of(
     )
     limits = Limits(4, 8)
     sheets = sheets_of(config, limits, shape_of_a_model())
-    model = "tiny", Path(config.model)
-    governance = govern(config, model, limits, COSTS, sheets, {"dtype": "auto", "device": "vllm"})
+    governance = govern(config, limits, COSTS, sheets, {"dtype": "auto", "device": "vllm"})
     transport = {} if url else {"transport": httpx.ASGITransport(vllm.app())}
     client = client_of(config.upstream, vllm.key, **transport)
-    gateway = Gateway(config, governance, COSTS, 256, client, "tiny")
+    gateway = Gateway(config, governance, COSTS, 256, client)
     app = make_app(gateway)
     caller = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
     house = House(vllm, gateway, caller, secrets, folder / "audit.jsonl")

@@ -104,7 +104,7 @@ def written(folder: Path, model: Path, texts: bool) -> Logged:
     found = open_engine(config)
     engine, sheets = found.engine, sheets_of(config, found.limits, found.shape)
     about = found.about | {"weights": None}
-    governance = govern(config, ("tiny", model), found.limits, engine.costs, sheets, about)
+    governance = govern(config, found.limits, engine.costs, sheets, about)
     engine.policy = Governed(governance.governor, ruling_of(found.shape), texts)
     heard = {ask.id: Heard() for ask in ASKS}
     first, *rest = ASKS

@@ -25,6 +25,7 @@ from rondo_govern.rules import (
     tier_of,
 )
 from rondo_govern.settings import PolicyCheckConfig, PolicyExplainConfig
+from rondo_govern.tables import aligned
 
 
 class Shape(pydantic.BaseModel):
@@ -50,7 +51,7 @@ def run_check(config: PolicyCheckConfig) -> None:
     print(f"{config.policy} holds{against}\nSHA-256 {sha256}")
     for title, rows in tables(policy).items():
         if len(rows) > 1:
-            print(f"\n{title}\n{aligned(rows)}")
+            print("\n".join(["", title, *aligned(rows)]))
     for warning in warnings(policy):
         print(f"\nwarning: {warning}")
 
@@ -166,17 +167,6 @@ def bar_of(escalation: Escalation | None) -> str:
     if escalation.tolerance is not None:
         bar += f" to {escalation.tolerance}"
     return f"until {escalation.rule} is {bar}, up to {escalation.up_to or 'the cap'}"
-
-
-def aligned(rows: Sequence[Sequence[object]]) -> str:
-    """Return a table as text, in columns."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def warnings(policy: Policy) -> Iterator[str]:

@@ -36,6 +36,7 @@ class Want:
         num_recurrences: Depth asked for.
         effort: Depth asked for in OpenAI's words, where no number is given.
         waiting: Requests that found no room.
+        exits: Whether its tokens may leave the loop early by a rule of its own.
         facts: What the log tells of it besides, as the prompt's hash.
     """
 
@@ -47,6 +48,7 @@ class Want:
     num_recurrences: int | None = None
     effort: Effort | None = None
     waiting: int = 0
+    exits: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +64,7 @@ class Spent:
         cached_tokens: Those of them whose keys and values were there already.
         flops: FLOPs executed.
         facts: What the log tells of it besides, as the answer's hash.
+        unmetered: Whether nobody knows what it took: then all that it held counts as spent.
     """
 
     reason: str
@@ -71,6 +74,7 @@ class Spent:
     cached_tokens: int = 0
     flops: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    unmetered: bool = False
 
     @property
     def new_tokens(self) -> int:
@@ -220,10 +224,7 @@ class Governor:
         """
         policy, (seat, decision, quotas) = self._given(wants[0])
         grants = [Grant(want, seat, decision, policy) for want in wants]
-        holds = {
-            want.id: (self._bound(decision, want), want.prompt_tokens + want.new_tokens)
-            for want in wants
-        }
+        holds = {grant.want.id: self._held(grant) for grant in grants}
         self.ledger.reserve(holds, seat.key, quotas)
         recorded: list[Grant] = []
         try:
@@ -257,7 +258,8 @@ class Governor:
             AuditError: It could not be recorded yet; it is before anything else is, and quotas and
                 totals know it already.
         """
-        self.ledger.settle(grant.want.id, spent.flops, spent.tokens)
+        took = self._held(grant) if spent.unmetered else (spent.flops, spent.tokens)
+        self.ledger.settle(grant.want.id, *took)
         # What the engine had no room for is no answer.
         if spent.reason != "untaken":
             with self._lock:
@@ -269,6 +271,11 @@ class Governor:
                 total.flops += spent.flops
                 total.price += grant.price_of(spent.iterations)
         self._end(grant, spent)
+
+    def _held(self, grant: Grant) -> tuple[float, int]:
+        """Return the FLOPs and tokens that an answer can take at most."""
+        want = grant.want
+        return self._bound(grant.decision, want), want.prompt_tokens + want.new_tokens
 
     def _end(self, grant: Grant, spent: Spent) -> None:
         told = {
@@ -282,6 +289,8 @@ class Governor:
             "price": format(grant.price_of(spent.iterations), "f"),
             "prompt_sha256": grant.want.facts.get("prompt_sha256"),
         }
+        if spent.unmetered:
+            told["unmetered"] = True
         self._append("ended", **{**self._told(grant), **told, **spent.facts})
 
     def refuse(self, key: str, code: str, status: int) -> None:

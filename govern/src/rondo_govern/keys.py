@@ -13,9 +13,9 @@ from pydantic import AfterValidator, ConfigDict, Field, RootModel, field_validat
 
 from rondo.errors import UserError
 from rondo_govern.rules import Denied
+from rondo_govern.settings import Scope
 from rondo_govern.sheets import Name, Sheet, read_sheet
 
-Scope = Literal["generate", "metrics"]
 State = Literal["in force", "expired", "revoked"]
 
 HEAD = "# Written by `rondo keys`, which keeps no comments. Of secrets there are hashes only.\n"

@@ -16,6 +16,7 @@ from rondo.errors import UserError
 from rondo_govern.keys import Keys, add_secret, as_day, revoke, text_of, today_of
 from rondo_govern.settings import KeysListConfig, KeysNewConfig, KeysRevokeConfig
 from rondo_govern.sheets import Name, read_sheet
+from rondo_govern.tables import aligned
 
 COLUMNS = ("key", "scopes", "secret", "created", "expires", "state")
 
@@ -94,10 +95,7 @@ def run_list(config: KeysListConfig) -> None:
             (name, scopes, str(one.id), one.created, one.expires or "-", one.state(today))
             for one in entry.secrets
         ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+    print("\n".join(aligned(rows)))
 
 
 def read_keys(path: Path) -> Keys:

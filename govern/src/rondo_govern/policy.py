@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rondo.config.calibrate import share_of
+from rondo.config.calibrate import spelled
 from rondo.config.generate import Criterion
 from rondo_govern.efforts import EFFORTS, Effort, efforts_of
 from rondo_govern.sheets import Name, Sheet, read_sheet
@@ -111,10 +111,7 @@ class Escalation(Sheet):
     @field_validator("tolerance")
     @classmethod
     def _one_spelling(cls, tolerance: str | None) -> str | None:
-        if tolerance is None:
-            return None
-        share, *measure = tolerance.split(maxsplit=1) or [""]
-        return " ".join([f"{100 * share_of(share):g}%", *measure])
+        return None if tolerance is None else spelled(tolerance)
 
     @model_validator(mode="after")
     def _one_bar(self) -> "Escalation":

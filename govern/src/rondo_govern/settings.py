@@ -8,6 +8,7 @@ from pydantic import Field
 from rondo.config import Config
 from rondo_govern.efforts import Effort
 
+Scope = Literal["generate", "metrics"]
 Word = Annotated[str, tyro.conf.arg(metavar="FILE")]
 
 
@@ -57,7 +58,7 @@ class KeysNewConfig(Config):
     """The keys, YAML; made if there is none."""
     name: tyro.conf.Positional[str]
     """Name of the key, as the policy names it."""
-    scopes: tuple[Literal["generate", "metrics"], ...] = ("generate",)
+    scopes: tuple[Scope, ...] = ("generate",)
     """What a new key may do; a key that is there keeps its own."""
     expires: str | None = None
     """Last day on which the secret holds, as 2027-01-31, in UTC."""

@@ -1,5 +1,6 @@
 """Settings of `rondo serve`."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -7,13 +8,13 @@ import tyro
 from pydantic import Field, field_validator, model_validator
 
 from rondo.config import Config
+from rondo_govern.audit.log import Fsync
 from rondo_govern.efforts import EFFORTS
 
 Depth = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Favour = Literal["shallow", "even", "deep"]
-Fsync = Literal["each", "interval", "off"]
 
 
 class GovernanceConfig(Config):
@@ -50,19 +51,54 @@ class GovernanceConfig(Config):
         return value
 
 
-class ServeConfig(GovernanceConfig):
+class ListenConfig(GovernanceConfig):
+    """What is alike for whatever listens: the server and the gateway."""
+
+    model: str
+    """The checkpoint that is served."""
+    name: str | None = None
+    """What the model is called; the directory's name unless given."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, of whom only --keys asks anything."""
+    max_new_tokens: Count = 1024
+    """Most tokens of an answer that can be asked for."""
+    default_new_tokens: Count = 256
+    """Tokens of an answer at most where the request does not say."""
+    max_seconds: Seconds = 600.0
+    """Seconds after which an answer is cut off as it stands."""
+    grace_seconds: float = Field(30.0, ge=0)
+    """Seconds that a shutdown waits for answers before it cuts them off as they stand."""
+    max_body: Count = 1_000_000
+    """Most bytes of a request."""
+    max_connections: Count = 1024
+    """Questions at once; more are answered 503."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask, as https://example.org; none unless given."""
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called."""
+        return self.name or Path(self.model).resolve().name
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> "ListenConfig":
+        if self.default_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"--default-new-tokens {self.default_new_tokens} is beyond --max-new-tokens "
+                f"{self.max_new_tokens}"
+            )
+        return self
+
+
+class ServeConfig(ListenConfig):
     """Serve a model over HTTP as OpenAI does, with depth as a field of the request."""
 
     words: ClassVar[tuple[str, ...]] = ("model",)
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A recurrent checkpoint."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, of whom only --keys asks anything."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one, which is told."""
-    name: str | None = None
-    """What requests call the model; the directory's name unless given."""
     num_recurrences: Depth | None = None
     """Depth of a request that names none; the model's own unless given."""
     min_recurrences: Depth = 1
@@ -79,10 +115,6 @@ class ServeConfig(GovernanceConfig):
     """Texts in flight at once."""
     max_queue: int = Field(128, ge=0)
     """Texts that wait; beyond them requests are answered 429."""
-    max_new_tokens: Count = 1024
-    """Most tokens of an answer that can be asked for."""
-    default_new_tokens: Count = 256
-    """Tokens of an answer at most where the request does not say."""
     max_context: Count | None = None
     """Tokens of prompt and answer together; what the model takes unless given."""
     max_choices: Count = 8
@@ -96,16 +128,6 @@ class ServeConfig(GovernanceConfig):
     """Memory for keys and values, as 4GB or 500MB; a share of what is free unless given."""
     prefix_cache: bool = True
     """Keep what prompts have in common, by depth and exit, while there is room."""
-    max_seconds: Seconds = 600.0
-    """Seconds after which an answer is cut off as it stands."""
-    grace_seconds: float = Field(30.0, ge=0)
-    """Seconds that a shutdown waits for answers before it cuts them off as they stand."""
-    max_body: Count = 1_000_000
-    """Most bytes of a request."""
-    max_connections: Count = 1024
-    """Questions at once; more are answered 503."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may ask, as https://example.org; none unless given."""
     log_prompts: bool = False
     """Write prompts and answers to the log, which leaves them out otherwise."""
     weights: Literal["int8"] | None = None
@@ -144,15 +166,10 @@ class ServeConfig(GovernanceConfig):
         if self.policy is not None and said:
             flag = said[0].replace("_", "-")
             raise ValueError(f"--policy says what --{flag} would: leave --{flag}")
-        if self.default_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"--default-new-tokens {self.default_new_tokens} is beyond --max-new-tokens "
-                f"{self.max_new_tokens}"
-            )
         return self
 
 
-class GatewayConfig(GovernanceConfig):
+class GatewayConfig(ListenConfig):
     """Put keys, policy, quotas and an audit log in front of vLLM."""
 
     words: ClassVar[tuple[str, ...]] = ("upstream",)
@@ -160,37 +177,17 @@ class GatewayConfig(GovernanceConfig):
     upstream: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL")]
     """Where vLLM listens, as http://127.0.0.1:8000; the key it asks for, if any, is read from the
     environment variable RONDO_UPSTREAM_KEY."""
-    model: str
-    """The checkpoint that vLLM serves; its weights are not loaded."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = Field(8080, ge=0, le=65535)
     """Port to listen on; 0 takes a free one, which is told."""
-    name: str | None = None
-    """What the log calls the model; the directory's name unless given."""
     max_recurrences: Depth | None = None
     """Deepest that vLLM serves, where --hf-overrides sets less than the model's cap."""
     max_running: Count = 256
     """Answers that vLLM is believed to run at once; those beyond wait."""
     max_queue: int = Field(256, ge=0)
     """Answers that wait; beyond them requests are answered 429."""
-    max_new_tokens: Count = 1024
-    """Most tokens of an answer that can be asked for."""
-    default_new_tokens: Count = 256
-    """Tokens of an answer at most where the request does not say."""
     max_context: Count | None = None
     """Tokens of prompt and answer together, as vLLM's --max-model-len; what the model takes unless
     given."""
-    max_seconds: Seconds = 600.0
-    """Seconds after which an answer is cut off."""
-    grace_seconds: float = Field(30.0, ge=0)
-    """Seconds that a shutdown waits for answers before it cuts them off."""
-    max_body: Count = 1_000_000
-    """Most bytes of a request."""
-    max_connections: Count = 1024
-    """Questions at once; more are answered 503."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may ask, as https://example.org; none unless given."""
 
     @field_validator("upstream")
     @classmethod
@@ -208,15 +205,6 @@ class GatewayConfig(GovernanceConfig):
         if not good or found.username or found.path.rstrip("/") or found.query or found.fragment:
             raise wrong
         return value.rstrip("/")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "GatewayConfig":
-        if self.default_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"--default-new-tokens {self.default_new_tokens} is beyond --max-new-tokens "
-                f"{self.max_new_tokens}"
-            )
-        return self
 
 
 def bytes_of(text: str) -> int:

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rondo.decoding import spelled
 from rondo.errors import UserError
 from rondo.flops import Costs
 from rondo.modeling.configuration_recurrent import RecurrentConfig
@@ -31,9 +30,9 @@ from rondo_govern.quotas import Ledger
 from rondo_govern.reopening import open_log
 from rondo_govern.rules import Decision, Seat
 from rondo_govern.watch import Watched
-from rondo_serve.config import GovernanceConfig, bytes_of
+from rondo_serve.config import GovernanceConfig, ListenConfig, bytes_of
 from rondo_serve.policy import Allowed, Limits
-from rondo_serve.requests import Ask, Load, Reason, Receipt, Refused
+from rondo_serve.requests import Ask, Ending, Load, Receipt, Refused
 
 LOGGER = logging.getLogger("rondo_serve.governed")
 Ruling = Callable[[Escalation], ExitRule]
@@ -98,6 +97,23 @@ class Governed:
             raise
 
     def _want(self, ask: Ask, load: Load) -> Want:
+        return Want(
+            id=ask.id,
+            prompt_tokens=len(ask.prompt),
+            new_tokens=ask.max_new_tokens,
+            key=ask.key,
+            risks=ask.risks,
+            num_recurrences=ask.num_recurrences,
+            effort=ask.effort,
+            waiting=load.left_over,
+            exits=ask.exit is not None,
+            facts=self._facts(ask),
+        )
+
+    def _facts(self, ask: Ask) -> dict[str, Any]:
+        """Return what the log tells of a request; hashing it for no log would be wasted."""
+        if self.governor.log is None:
+            return {}
         sampling = ask.sampling
         facts: dict[str, Any] = {
             "prompt_sha256": digest_of(ask.prompt),
@@ -113,46 +129,59 @@ class Governed:
         }
         if self.texts:
             facts["prompt"] = list(ask.prompt)
-        return Want(
-            id=ask.id,
-            prompt_tokens=len(ask.prompt),
-            new_tokens=ask.max_new_tokens,
-            key=ask.key,
-            risks=ask.risks,
-            num_recurrences=ask.num_recurrences,
-            effort=ask.effort,
-            waiting=load.left_over,
-            facts=facts,
-        )
+        return facts
 
-    def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
+    def spent(self, ask: Ask, reason: Ending, receipt: Receipt) -> None:
         """Take note of what a request took.
 
         Where that cannot be recorded it is kept until it can, and nothing is granted before.
         """
-        assert receipt.grant is not None
-        facts: dict[str, Any] = {
-            "seed": ask.sampling.seed,
-            "exit": told_of(receipt.exit),
-            "output_sha256": digest_of(receipt.tokens),
-            "queued": round(receipt.queued, 6),
-            "seconds": round(receipt.seconds, 6),
-        }
-        if self.texts:
-            facts["output"] = list(receipt.tokens)
-        spent = Spent(
-            reason=reason,
-            depths=receipt.depths,
-            iterations=receipt.iterations,
-            prompt_tokens=receipt.prompt_tokens,
-            cached_tokens=receipt.cached_tokens,
-            flops=receipt.flops,
-            facts=facts,
-        )
-        try:
-            self.governor.settle(receipt.grant, spent)
-        except AuditError as error:
-            LOGGER.error("the end of %s could not be recorded: %s", ask.id, error)
+        facts: dict[str, Any] = {}
+        # On the engine's thread, too, so nothing is hashed for no log.
+        if self.governor.log is not None:
+            facts = {
+                "seed": ask.sampling.seed,
+                "exit": told_of(receipt.exit),
+                "output_sha256": digest_of(receipt.tokens),
+                "queued": round(receipt.queued, 6),
+                "seconds": round(receipt.seconds, 6),
+            }
+            if self.texts:
+                facts["output"] = list(receipt.tokens)
+        settle(self.governor, reason, receipt, facts)
+
+
+def settle(
+    governor: Governor,
+    ending: Ending,
+    receipt: Receipt,
+    facts: dict[str, Any],
+    unmetered: bool = False,
+) -> None:
+    """Tell a governor what an answer took; an end that cannot be recorded yet is logged.
+
+    Args:
+        governor: Who granted it.
+        ending: How it ended.
+        receipt: What it took.
+        facts: What the audit log tells of it besides.
+        unmetered: Whether nobody knows what it took.
+    """
+    assert receipt.grant is not None
+    spent = Spent(
+        reason=ending,
+        depths=receipt.depths,
+        iterations=receipt.iterations,
+        prompt_tokens=receipt.prompt_tokens,
+        cached_tokens=receipt.cached_tokens,
+        flops=receipt.flops,
+        facts=facts,
+        unmetered=unmetered,
+    )
+    try:
+        governor.settle(receipt.grant, spent)
+    except AuditError as error:
+        LOGGER.error("the end of %s could not be recorded: %s", receipt.grant.want.id, error)
 
 
 def exit_of(own: ExitRule | None, decision: Decision, ruling: Ruling) -> ExitRule | None:
@@ -183,8 +212,7 @@ def ruling_of(shape: RecurrentConfig) -> Ruling:
     def ruling(escalation: Escalation) -> ExitRule:
         if escalation.threshold is not None:
             return ExitRule(escalation.rule, escalation.threshold)
-        tolerance = None if escalation.tolerance is None else spelled(escalation.tolerance)
-        return calibrated(shape, escalation.rule, tolerance)
+        return calibrated(shape, escalation.rule, escalation.tolerance)
 
     return ruling
 
@@ -195,7 +223,7 @@ def bound_of(costs: Costs) -> Bound:
     def bound(decision: Decision, want: Want) -> float:
         read = want.prompt_tokens + want.new_tokens - 1
         flops = read * costs.generation_flops(decision.depth, want.prompt_tokens, want.new_tokens)
-        if decision.escalation is not None or want.facts.get("exit") is not None:
+        if decision.escalation is not None or want.exits:
             # Each check may run the coda and the head.
             flops += read * decision.depth * costs.finish_flops(read)
         return flops
@@ -282,8 +310,7 @@ def sheets_of(config: GovernanceConfig, limits: Limits, shape: RecurrentConfig) 
 
 
 def govern(
-    config: GovernanceConfig,
-    model: tuple[str, Path],
+    config: ListenConfig,
     limits: Limits,
     costs: Costs,
     sheets: Sheets,
@@ -292,8 +319,7 @@ def govern(
     """Open the log, restore quotas, and put all together.
 
     Args:
-        config: What it is governed by.
-        model: Name and directory of the model.
+        config: What it is governed by, and which model is served.
         limits: The server's own bounds.
         costs: What the model costs.
         sheets: Policy and keys.
@@ -306,7 +332,7 @@ def govern(
     ledger, log, sha256 = Ledger(), None, ""
     policy = None if rules is None else rules.sha256
     if config.audit is not None:
-        name, directory = model
+        directory = Path(config.model)
         if Path(config.audit).resolve().parent == directory.resolve():
             raise UserError(
                 f"--audit {config.audit} lies in the model's own directory, whose files are hashed "
@@ -316,7 +342,7 @@ def govern(
         opened = {
             "format": 1,
             "server": f"rondo-serve {importlib.metadata.version('rondo-serve')}",
-            "model": name,
+            "model": config.model_name,
             "model_sha256": sha256,
             "policy_sha256": policy,
             "currency": "" if rules is None else rules.policy.currency,
@@ -361,5 +387,5 @@ def told(governance: Governance, config: GovernanceConfig) -> Collection[str]:
     if governance.keys is not None:
         lines.append(f"keys {config.keys}: asked of whoever comes")
     if (log := governance.governor.log) is not None:
-        lines.append(f"audit log {config.audit}: record {log.head[0]:,}, fsync {log.fsync}")
+        lines.append(f"audit log {config.audit}: record {log.head.seq:,}, fsync {log.fsync}")
     return lines

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rondo.modeling.exits_recurrent import ExitRule
 from rondo_govern.efforts import Effort, efforts_of
 from rondo_govern.governor import Grant
-from rondo_serve.requests import Ask, Load, Reason, Receipt, Refused
+from rondo_serve.requests import Ask, Ending, Load, Receipt, Refused
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Policy(Protocol):
         """
         ...
 
-    def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
+    def spent(self, ask: Ask, reason: Ending, receipt: Receipt) -> None:
         """Take note of what an answer took, once for each that was allowed, however it ended.
 
         Called on the engine's thread before the end is told; or, where the engine did not take a
@@ -99,5 +99,5 @@ class Limits:
         """
         return [Allowed(self.depth_of(ask.num_recurrences, ask.effort), ask.exit) for ask in asks]
 
-    def spent(self, ask: Ask, reason: Reason | Literal["untaken"], receipt: Receipt) -> None:
+    def spent(self, ask: Ask, reason: Ending, receipt: Receipt) -> None:
         """Everyone may spend as much again."""

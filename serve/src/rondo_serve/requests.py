@@ -10,6 +10,8 @@ from rondo_govern.efforts import Effort
 from rondo_govern.governor import Grant
 
 Reason = Literal["stop", "length", "time", "shutdown", "cancelled", "error"]
+# Or it was allowed, and never begun.
+Ending = Reason | Literal["untaken"]
 
 
 class Refused(ValueError):

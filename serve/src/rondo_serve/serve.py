@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +20,7 @@ from rondo.errors import UserError
 from rondo.generation import shape_of
 from rondo_serve.api.app import make_app
 from rondo_serve.api.calls import Closes, Gate
-from rondo_serve.config import GatewayConfig, ServeConfig
+from rondo_serve.config import ListenConfig, ServeConfig
 from rondo_serve.engine.opening import limits_of, open_engine
 from rondo_serve.governed import Governed, govern, ruling_of, sheets_of
 from rondo_serve.governed import told as told_of_governance
@@ -139,9 +138,8 @@ def run(config: ServeConfig) -> None:
         }
         config = config.model_copy(update=known)
         engine, about = opened.engine, opened.about
-        model = config.name or Path(config.model).resolve().name, Path(config.model)
         about |= {"weights": config.weights}
-        governance = govern(config, model, opened.limits, engine.costs, sheets, about)
+        governance = govern(config, opened.limits, engine.costs, sheets, about)
         texts = config.audit_texts
         engine.policy = Governed(governance.governor, ruling_of(shape), texts)
         app = make_app(engine, opened.tokenizer, opened.shape, governance, config)
@@ -209,11 +207,11 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def told_of(listener: socket.socket, config: ServeConfig | GatewayConfig) -> list[str]:
+def told_of(listener: socket.socket, config: ListenConfig) -> list[str]:
     """Return what the operator is told of the address."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    lines = [f"serving {config.name or Path(config.model).resolve().name} at http://{shown}:{port}"]
+    lines = [f"serving {config.model_name} at http://{shown}:{port}"]
     if config.keys is None and not ipaddress.ip_address(host).is_loopback:
         lines.append("other machines can reach it, and nothing is asked of them")
     return [*lines, "Ctrl-C ends it; a second one cuts off what runs"]

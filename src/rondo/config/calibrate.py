@@ -74,6 +74,16 @@ class CalibrateConfig(Config):
         return self
 
 
+def spelled(tolerance: str) -> str:
+    """Return a tolerance, `0.5%`, `0.005` or `0.5% agreement`, as checkpoints spell it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    share, *measure = tolerance.split(maxsplit=1) or [""]
+    return " ".join([f"{100 * share_of(share):g}%", *measure])
+
+
 def share_of(value: Any) -> float:
     """Read a tolerance, "0.5%" or 0.005.
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import jinja2
 
-from rondo.errors import ProofError, UserError
+from rondo.errors import UserError
 from rondo_govern.audit.drawing import Section, Table, cell, columns, scale_of, short
 from rondo_govern.audit.facts import NO_CLASS, Facts, Tally
 from rondo_govern.audit.reading import read
-from rondo_govern.audit.records import moment_of, parse_moment
+from rondo_govern.audit.records import parse_moment
+from rondo_govern.audit.usage import well_formed, within
 from rondo_govern.settings import AuditReportConfig
 
 # No tenant has a blank in its name.
@@ -315,15 +316,8 @@ def summed_up(log: Path, since: float | None, until: float | None) -> Facts:
     """
     facts = Facts()
     for record in read(log, since=since):
-        moment = moment_of(record)
-        counts = (since is None or moment >= since) and (until is None or moment < until)
-        try:
-            facts.add(record, counts)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            kind = record["kind"]
-            raise ProofError(
-                f"record {record['seq']} does not tell what one of its kind, {kind}, must"
-            ) from error
+        with well_formed(record):
+            facts.add(record, within(record, since, until))
     if not facts.hours:
         raise UserError(f"{log} tells of no request that ended then: there is nothing to draw")
     return facts

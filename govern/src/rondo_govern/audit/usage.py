@@ -1,12 +1,14 @@
 """What was used, summed up from a log by tenant, tier, key, risk class, model or day."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation
+from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any
 
 from rondo.errors import ProofError, UserError
 from rondo_govern.audit.records import Record, moment_of
+from rondo_govern.tables import aligned
 
 # Adds prices without rounding, or not at all.
 EXACT = Context(prec=100, traps=[Inexact, InvalidOperation])
@@ -99,26 +101,40 @@ def usage(
     found: dict[tuple[str, ...], Usage] = {}
     model = ""
     for record in records:
-        try:
+        with well_formed(record):
             if record["kind"] == "opened":
                 model = record["model_sha256"]
-            if not _counts(record, since, until):
+            if not (_counts(record) and within(record, since, until)):
                 continue
             # A request that was refused is one to the model that was served.
             group = {name: _name_of({"model_sha256": model, **record}, name) for name in by}
             found.setdefault(tuple(group.values()), Usage(group)).add(record)
-        except (LookupError, TypeError, ValueError, AttributeError, DecimalException) as error:
-            raise ProofError(
-                f"record {record['seq']} does not tell what one of its kind, {record['kind']}, must"
-            ) from error
     return [found[key] for key in sorted(found)]
 
 
-def _counts(record: Record, since: float | None, until: float | None) -> bool:
-    if record["kind"] not in ("ended", "refused") or record.get("reason") == "untaken":
-        return False
+def _counts(record: Record) -> bool:
+    return record["kind"] in ("ended", "refused") and record.get("reason") != "untaken"
+
+
+def within(record: Record, since: float | None, until: float | None) -> bool:
+    """Return whether a record is of a time, whose end is left out; None leaves it open."""
     moment = moment_of(record)
     return (since is None or moment >= since) and (until is None or moment < until)
+
+
+@contextmanager
+def well_formed(record: Record) -> Iterator[None]:
+    """Take a record for one that tells all that its kind must.
+
+    Raises:
+        ProofError: It does not.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ProofError(
+            f"record {record['seq']} does not tell what one of its kind, {record['kind']}, must"
+        ) from error
 
 
 def _name_of(record: Record, by: str) -> str:
@@ -150,15 +166,7 @@ def table(found: Sequence[Usage], by: Sequence[str]) -> list[str]:
     heads = ["answers", "refused", "lost", "prompt", "cached", "new", "iterations"]
     heads += ["mean depth", "max depth", "FLOPs", "price"]
     rows = [[*by, *heads], *(_cells(one) for one in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < len(by) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    return aligned(rows, len(by))
 
 
 def _cells(one: Usage) -> list[str]:

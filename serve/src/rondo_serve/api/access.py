@@ -13,6 +13,7 @@ from rondo_serve.api.calls import Gate
 from rondo_serve.api.errors import ApiError, closed, of_denied
 from rondo_serve.api.replies import QuotaReply, Spending, UsageReply
 from rondo_serve.governed import Governance
+from rondo_serve.policy import Limits
 
 RISK = "x-rondo-risk"
 
@@ -42,6 +43,19 @@ def key_of(governance: Governance, headers: Mapping[str, str], scope: Scope | No
     except Denied as error:
         raise of_denied(error) from error
     return key.name
+
+
+def limits_of(governance: Governance, headers: Mapping[str, str]) -> Limits:
+    """Return the bounds of depth of whoever asks.
+
+    Raises:
+        ApiError: There is no key, it does not hold, or it is of no tier.
+    """
+    key = key_of(governance, headers)
+    try:
+        return governance.limits_of(key)
+    except Denied as error:
+        raise of_denied(error) from error
 
 
 def risks_of(headers: Headers, metadata: Any) -> frozenset[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from rondo_govern.efforts import Effort
 from rondo_serve.api.calls import Call
 from rondo_serve.api.errors import ApiError
 from rondo_serve.api.logprobs import Held, Speller, of_chat, of_text
@@ -30,7 +31,8 @@ from rondo_serve.api.replies import (
     Usage,
     dumped,
 )
-from rondo_serve.requests import Ask, Finished, Receipt, Token
+from rondo_serve.governed import told_of
+from rondo_serve.requests import Finished, Receipt, Token
 
 Kind = Literal["chat", "text"]
 # A comment now and then keeps proxies from taking a queue for a dead line.
@@ -100,7 +102,7 @@ class Teller:
                 **self._head(),
                 choices=choices,
                 usage=self._usage(),
-                recurrence=summed(self.call.asks, self._receipts()),
+                recurrence=summed(self.call.asks[0].effort, self._receipts()),
             )
         )
 
@@ -134,8 +136,8 @@ class Teller:
                         written[index].end = end
                         yield self._event([self._next(index, written[index], [], end.text)])
         if self.usage:
-            asks = self.call.asks
-            yield self._event([], usage=self._usage(), recurrence=summed(asks, self._receipts()))
+            depth = summed(self.call.asks[0].effort, self._receipts())
+            yield self._event([], usage=self._usage(), recurrence=depth)
         yield "data: [DONE]\n\n"
 
     # ---- parts of a reply
@@ -189,7 +191,7 @@ class Teller:
 
     def _ended(self, index: int, end: Finished) -> dict[str, Any]:
         ask = self.call.asks[index]
-        depth = recurrence_of(ask, [end.receipt])
+        depth = recurrence_of(ask.effort, [end.receipt])
         depth["seed"] = ask.sampling.seed
         if end.reason in ("time", "shutdown", "cancelled"):
             depth["ended_by"] = end.reason
@@ -224,16 +226,16 @@ def failed() -> ApiError:
     return ApiError(500, "the engine failed at this answer: the server's log tells why")
 
 
-def summed(asks: Sequence[Ask], receipts: Sequence[Receipt]) -> RecurrenceReply:
-    """Return the depth that all answers of a call took."""
-    return RecurrenceReply(**recurrence_of(asks[0], receipts))
+def summed(effort: Effort | None, receipts: Sequence[Receipt]) -> RecurrenceReply:
+    """Return the depth that all answers of a call took; see `recurrence_of`."""
+    return RecurrenceReply(**recurrence_of(effort, receipts))
 
 
-def recurrence_of(ask: Ask, receipts: Sequence[Receipt]) -> dict[str, Any]:
+def recurrence_of(effort: Effort | None, receipts: Sequence[Receipt]) -> dict[str, Any]:
     """Return the fields of `RecurrenceReply` that receipts tell.
 
     Args:
-        ask: What was asked.
+        effort: What was asked for in OpenAI's words.
         receipts: What its answers took.
     """
     depths = sum((Counter(receipt.depths) for receipt in receipts), Counter())
@@ -247,16 +249,11 @@ def recurrence_of(ask: Ask, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "iterations": sum(receipt.iterations for receipt in receipts),
         "flops": sum(receipt.flops for receipt in receipts),
     }
-    if ask.effort is not None:
-        told["effort"] = ask.effort
+    if effort is not None:
+        told["effort"] = effort
     told |= governed_of(receipts)
-    if (rule := receipts[0].exit) is not None:
-        told["exit"] = ExitReply(
-            rule=rule.criterion,
-            threshold=rule.threshold,
-            min_recurrences=rule.min_recurrences,
-            check_every=rule.check_every,
-        )
+    if (rule := told_of(receipts[0].exit)) is not None:
+        told["exit"] = ExitReply(**rule)
     return told
 
 

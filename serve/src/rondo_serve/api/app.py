@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -16,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 from rondo.modeling.configuration_recurrent import RecurrentConfig
 from rondo_govern.rules import Denied
 from rondo_serve.api import log
-from rondo_serve.api.access import check_open, key_of, risks_of, usage_of
+from rondo_serve.api.access import check_open, key_of, limits_of, risks_of, usage_of
 from rondo_serve.api.answers import Kind, Teller
 from rondo_serve.api.asks import Asker, Defaults
 from rondo_serve.api.bodies import Asking, ChatBody, CompletionBody
 from rondo_serve.api.calls import Call, Engine, Gate
 from rondo_serve.api.document import Documented, answered, body_of
-from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_denied, of_engine
+from rondo_serve.api.errors import ApiError, closed, documented, handle_errors, of_engine
 from rondo_serve.api.guard import guard
 from rondo_serve.api.logprobs import Speller
 from rondo_serve.api.metrics import Metrics
@@ -104,11 +103,8 @@ class Service:
             except (Refused, Denied, Busy, Closed) as error:
                 raise of_engine(error) from error
         except ApiError as error:
-            outcome = outcome_of(error.status)
-            if key is not None:
-                self.governance.refuse(key, error.code or outcome, error.status)
-            self.metrics.refused(outcome)
-            log.write(log.line_of_refusal(error.status, outcome, error.code, self.asker.name))
+            name, status = self.asker.name, error.status
+            note_refusal(self.governance, self.metrics, name, key, status, error.code)
             raise
         teller = Teller(
             call,
@@ -144,11 +140,7 @@ class Service:
         Raises:
             ApiError: There is no key, or it does not hold.
         """
-        shape = self.asker.shape
-        try:
-            limits = self.governance.limits_of(key_of(self.governance, request.headers))
-        except Denied as error:
-            raise of_denied(error) from error
+        shape, limits = self.asker.shape, limits_of(self.governance, request.headers)
         return ModelReply(
             id=self.asker.name,
             object="model",
@@ -173,6 +165,31 @@ def headers_of(allowed: Sequence[Allowed]) -> dict[str, str]:
     if (grant := allowed[0].grant) is not None and grant.decision.adjusted:
         told["x-rondo-adjusted"] = ",".join(grant.decision.adjusted)
     return told
+
+
+def note_refusal(
+    governance: Governance,
+    metrics: Metrics,
+    model: str,
+    key: str | None,
+    status: int,
+    code: str | None,
+) -> None:
+    """Take note of a request that was refused.
+
+    Args:
+        governance: Records it, where its key is known to be good.
+        metrics: Count it.
+        model: The model's name.
+        key: Name of the key, None where none was found to be good.
+        status: HTTP status of the answer.
+        code: Its word for what is wrong.
+    """
+    outcome = outcome_of(status)
+    if key is not None:
+        governance.refuse(key, code or outcome, status)
+    metrics.refused(outcome)
+    log.write(log.line_of_refusal(status, outcome, code, model))
 
 
 def outcome_of(status: int) -> str:
@@ -216,10 +233,9 @@ def make_app(
         governance: What it is governed by.
         config: The server's settings.
     """
-    name = config.name or Path(config.model).resolve().name
     service = Service(
         engine,
-        Asker(tokenizer, shape, config, name, Defaults.of(config.model)),
+        Asker(tokenizer, shape, config, config.model_name, Defaults.of(config.model)),
         Speller(tokenizer),
         governance,
         Metrics(engine, governance),

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rondo_serve.api.calls import Gate
 from rondo_serve.api.errors import ApiError
-from rondo_serve.config import GatewayConfig, ServeConfig
+from rondo_serve.config import ListenConfig
 
 # Time that a client has to take what it is sent, a slice of a body at a time.
 SECONDS = 60.0
@@ -103,7 +103,7 @@ class Guard:
             return False
 
 
-def guard(app: FastAPI, gate: Gate, config: ServeConfig | GatewayConfig) -> None:
+def guard(app: FastAPI, gate: Gate, config: ListenConfig) -> None:
     """Let nothing reach an app but by a guard."""
     app.add_middleware(
         Guard,

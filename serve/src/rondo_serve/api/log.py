@@ -20,7 +20,7 @@ def line_of(call: Call, model: str, prompts: list[str] | None) -> dict[str, Any]
     """
     ends = [call.finished[index] for index in sorted(call.finished)]
     receipts = [end.receipt for end in ends]
-    depth = recurrence_of(call.asks[0], receipts)
+    depth = recurrence_of(call.asks[0].effort, receipts)
     told: dict[str, Any] = {
         "id": call.id,
         "model": model,

@@ -90,7 +90,7 @@ class GovernanceCollector(Collector):
         yield from self._files()
         if governor.log is not None:
             told = "Records of the audit log."
-            yield CounterMetricFamily("rondo_audit_records", told, value=governor.log.head[0])
+            yield CounterMetricFamily("rondo_audit_records", told, value=governor.log.head.seq)
 
     def _files(self) -> Iterator[Metric]:
         """Yield how often policy and keys were read again, and whether the last one was refused."""

@@ -1,22 +1,19 @@
 """What vLLM tells of an answer, counted, and what the governor is told of it."""
 
 import asyncio
-import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from rondo.flops import Costs
 from rondo_govern.audit.log import AuditError
 from rondo_govern.audit.records import digest_of
-from rondo_govern.governor import Grant, Spent
+from rondo_govern.governor import Grant
 from rondo_serve.api.errors import unrecorded
 from rondo_serve.api.metrics import Metrics
-from rondo_serve.governed import Governance, bound_of
-from rondo_serve.requests import Ask, Finished, Reason, Receipt
+from rondo_serve.governed import Governance, settle
+from rondo_serve.requests import Ending, Finished, Reason, Receipt
 
-LOGGER = logging.getLogger("rondo_serve.gateway")
-Ending = Reason | Literal["untaken"]
 # vLLM's words; all others are ways of coming to an end.
 REASONS: dict[str, Reason] = {"length": "length", "abort": "error", "error": "error"}
 
@@ -26,9 +23,7 @@ class Answer:
     """One answer, as far as vLLM has told of it.
 
     Attributes:
-        ask: What was asked; the prompt's tokens are not known before.
-        grant: What was given.
-        seed: Seed of the draws, None where vLLM draws one.
+        grant: What was given; the prompt's tokens are not known before.
         prompt_tokens: Tokens of the prompt, None until they are told.
         new_tokens: Tokens generated.
         prompt: The prompt's tokens, where they are told.
@@ -36,9 +31,7 @@ class Answer:
         ended: How it ended.
     """
 
-    ask: Ask
     grant: Grant
-    seed: int | None = None
     prompt_tokens: int | None = None
     new_tokens: int = 0
     prompt: list[int] | None = None
@@ -60,7 +53,7 @@ class Answer:
         prompt, new, depth = self.prompt_tokens or 0, self.new_tokens, self.grant.decision.depth
         read = prompt + max(0, new - 1)
         return Receipt(
-            asked=self.ask.num_recurrences,
+            asked=self.grant.want.num_recurrences,
             allowed=depth,
             prompt_tokens=prompt,
             depths={depth: new} if new else {},
@@ -94,30 +87,11 @@ class Books:
         if answer.ended is not None:
             return
         answer.ended = ending
-        governor, grant = self.governance.governor, answer.grant
         receipt = answer.receipt(self.costs)
-        facts = self._facts(answer, receipt)
         # vLLM computes before it tells: who leaves before that has spent what nobody knows.
         unmetered = answer.prompt_tokens is None and ending not in ("untaken", "error")
-        if unmetered:
-            facts["unmetered"] = True
-        spent = Spent(
-            reason=ending,
-            depths=receipt.depths,
-            iterations=receipt.iterations,
-            prompt_tokens=receipt.prompt_tokens,
-            flops=receipt.flops,
-            facts=facts,
-        )
-        try:
-            governor.settle(grant, spent)
-        except AuditError as error:
-            LOGGER.error("what answer %s took could not be recorded: %s", answer.ask.id, error)
-        if unmetered:
-            want = grant.want
-            flops = bound_of(self.costs)(grant.decision, want)
-            tokens = want.prompt_tokens + want.new_tokens
-            governor.ledger.restore(grant.seat.key, time.time(), flops, tokens)
+        facts = self._facts(answer, receipt)
+        settle(self.governance.governor, ending, receipt, facts, unmetered)
         if ending != "untaken":
             self.metrics.finished(Finished(ending, "", receipt))
 
@@ -125,7 +99,7 @@ class Books:
         # Some are not told, as of a hidden reasoning: no hash is better than a wrong one.
         told = bool(answer.tokens) and len(answer.tokens) == answer.new_tokens
         facts: dict[str, Any] = {
-            "seed": answer.seed,
+            "seed": answer.grant.want.facts["sampling"]["seed"],
             "exit": None,
             "queued": 0.0,
             "seconds": round(receipt.seconds, 6),

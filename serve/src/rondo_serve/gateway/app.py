@@ -1,7 +1,6 @@
 """`rondo gateway`: opens the way to vLLM, answers until it is told to stop, and ends in order."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,22 +32,21 @@ def run(config: GatewayConfig) -> None:
     Raises:
         UserError: Model, policy, keys or log do not hold, or the address cannot be had.
     """
-    shape, directory = shape_of(config.model), Path(config.model)
+    shape = shape_of(config.model)
     cap = min(config.max_recurrences or shape.max_recurrences, shape.max_recurrences)
     limits = Limits(min(shape.num_recurrences, cap), cap)
     sheets = sheets_of(config, limits, shape)
     # Shapes are enough to count what a token costs.
     with torch.device("meta"):
         costs = costs_of(RecurrentForCausalLM(shape))
-    name = config.name or directory.resolve().name
     with bound(config.host, config.port) as listener:
         log_to_stderr()
         config = config.model_copy(update={"host": listener.getsockname()[0]})
         about = {"dtype": "auto", "device": "vllm", "upstream": config.upstream}
-        governance = govern(config, (name, directory), limits, costs, sheets, about)
+        governance = govern(config, limits, costs, sheets, about)
         client = client_of(config.upstream, os.environ.get(KEY))
         context = config.max_context or shape.max_position_embeddings
-        gateway = Gateway(config, governance, costs, context, client, name)
+        gateway = Gateway(config, governance, costs, context, client)
         told = [*told_of_governance(governance, config), *told_of(listener, config)]
         try:
             serve(make_app(gateway), gateway, listener, config.grace_seconds, told)

@@ -13,9 +13,9 @@ from starlette.types import Receive
 from rondo_serve.api.answers import summed
 from rondo_serve.api.errors import ApiError, closed
 from rondo_serve.api.replies import dumped
-from rondo_serve.gateway.answers import REASONS, Answer, Books, Ending
+from rondo_serve.gateway.answers import REASONS, Answer, Books
 from rondo_serve.gateway.bodies import ChatOnward
-from rondo_serve.requests import Reason
+from rondo_serve.requests import Ending, Reason
 
 T = TypeVar("T")
 DATA, DONE = b"data: ", b"data: [DONE]"
@@ -62,10 +62,10 @@ class Passage:
     def line(self) -> dict[str, Any]:
         """What the log says of it, without what was said."""
         receipts = [answer.receipt(self.books.costs) for answer in self.answers]
-        ask, decision = self.answers[0].ask, self.answers[0].grant.decision
+        want, decision = self.answers[0].grant.want, self.answers[0].grant.decision
         return {
             "id": self.id,
-            "asked": ask.num_recurrences or ask.effort,
+            "asked": want.num_recurrences or want.effort,
             "allowed": decision.depth,
             "prompt_tokens": sum(receipt.prompt_tokens for receipt in receipts),
             "new_tokens": sum(receipt.new_tokens for receipt in receipts),
@@ -234,9 +234,8 @@ class Passage:
             self.over(self)
 
     def _recurrence(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        asks = [answer.ask for answer in answers]
         receipts = [answer.receipt(self.books.costs) for answer in answers]
-        return dumped(summed(asks, receipts))
+        return dumped(summed(answers[0].grant.want.effort, receipts))
 
     def _strip(self, body: dict[str, Any], choices: Sequence[dict[str, Any]]) -> None:
         """Leave out what the client did not ask for."""

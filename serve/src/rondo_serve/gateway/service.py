@@ -17,11 +17,11 @@ from rondo.flops import Costs
 from rondo_govern.governor import Want
 from rondo_govern.rules import Denied
 from rondo_serve.api import log
-from rondo_serve.api.access import key_of, risks_of
-from rondo_serve.api.app import headers_of, outcome_of
+from rondo_serve.api.access import key_of, limits_of, risks_of
+from rondo_serve.api.app import headers_of, note_refusal
 from rondo_serve.api.asks import MOST_ANSWERS
 from rondo_serve.api.calls import Gate
-from rondo_serve.api.errors import ApiError, closed, of_denied, of_engine
+from rondo_serve.api.errors import ApiError, closed, of_engine
 from rondo_serve.api.metrics import Metrics
 from rondo_serve.api.reading import read
 from rondo_serve.api.replies import Depths, dumped
@@ -39,7 +39,7 @@ from rondo_serve.gateway.bodies import (
 from rondo_serve.gateway.passage import BROKEN, Passage
 from rondo_serve.governed import Governance
 from rondo_serve.policy import Allowed
-from rondo_serve.requests import Ask, Busy, Load, Refused
+from rondo_serve.requests import Busy, Load, Refused
 
 KEY = "RONDO_UPSTREAM_KEY"
 # Seconds after which asking again makes sense where the queue is full.
@@ -81,7 +81,6 @@ class Gateway:
         costs: What the model costs.
         context: Tokens of a prompt and its answer at most.
         client: Asks vLLM.
-        name: What the log calls the model.
         gate: Whether requests are taken.
     """
 
@@ -90,7 +89,6 @@ class Gateway:
     costs: Costs
     context: int
     client: httpx.AsyncClient
-    name: str
     gate: Gate = field(default_factory=Gate)
 
     def __post_init__(self) -> None:
@@ -139,10 +137,7 @@ class Gateway:
             risks = risks_of(request.headers, told.metadata)
             passage = self._admitted(kind, told, key, risks)
         except ApiError as error:
-            outcome = outcome_of(error.status)
-            if key is not None:
-                self.governance.refuse(key, error.code or outcome, error.status)
-            self._untaken(error.status, error.code)
+            self._refuse(key, error.status, error.code)
             raise
         return await self._carried(request, passage, path)
 
@@ -191,7 +186,7 @@ class Gateway:
         ]
         self._loop = asyncio.get_running_loop()
         until = self._loop.time() + self.config.max_seconds
-        found = self._granted(wants, told.seed)
+        found = self._granted(wants)
         passage = Passage(name, told, found, self._books, until, self._over)
         self._passages.add(passage)
         return passage
@@ -201,7 +196,7 @@ class Gateway:
         """Answers that are taken at once."""
         return self.config.max_running + self.config.max_queue
 
-    def _granted(self, wants: list[Want], seed: int | None) -> list[Answer]:
+    def _granted(self, wants: list[Want]) -> list[Answer]:
         """Return answers that are granted, all or none.
 
         Raises:
@@ -211,17 +206,7 @@ class Gateway:
             grants = self.governance.governor.grant(wants)
         except (Refused, Denied) as error:
             raise of_engine(error) from error
-        asks = [
-            Ask(
-                id=want.id,
-                prompt=(),
-                max_new_tokens=want.new_tokens,
-                num_recurrences=want.num_recurrences,
-                effort=want.effort,
-            )
-            for want in wants
-        ]
-        return [Answer(ask, grant, seed) for ask, grant in zip(asks, grants, strict=True)]
+        return [Answer(grant) for grant in grants]
 
     async def _carried(self, request: Request, passage: Passage, path: str) -> Response:
         """Carry a request to vLLM, and its answer back.
@@ -300,11 +285,7 @@ class Gateway:
         Raises:
             ApiError: There is no key, it does not hold, or vLLM does not answer.
         """
-        key = key_of(self.governance, request.headers)
-        try:
-            limits = self.governance.limits_of(key)
-        except Denied as error:
-            raise of_denied(error) from error
+        limits = limits_of(self.governance, request.headers)
         depths = Depths(
             default=limits.default,
             min=limits.floor,
@@ -326,19 +307,15 @@ class Gateway:
             self._passages.discard(passage)
             self._changed.notify_all()
         if passage.answers[0].ended != "untaken":
-            log.write(passage.line | {"model": self.name})
+            log.write(passage.line | {"model": self.config.model_name})
 
     def _turned_away(self, passage: Passage, status: int, code: str) -> None:
         """Take note of a request that was granted, and that vLLM did not take."""
         passage.end("untaken")
-        self.governance.refuse(passage.answers[0].grant.seat.key, code, status)
-        self._untaken(status, code)
+        self._refuse(passage.answers[0].grant.seat.key, status, code)
 
-    def _untaken(self, status: int, code: str | None) -> None:
-        """Take note of a request that was not taken."""
-        outcome = outcome_of(status)
-        self.metrics.refused(outcome)
-        log.write(log.line_of_refusal(status, outcome, code, self.name))
+    def _refuse(self, key: str | None, status: int, code: str | None) -> None:
+        note_refusal(self.governance, self.metrics, self.config.model_name, key, status, code)
 
 
 def unreachable(error: Exception, status: int = 502) -> ApiError:
